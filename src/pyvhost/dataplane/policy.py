@@ -1,0 +1,133 @@
+"""The one owner of how kernels are compiled, where their machine code is kept, and what is said meanwhile.
+
+Promises: every kernel is compiled with the same options; the cache on disk belongs to exactly these sources,
+this Numba, this Python and this processor, so that a changed helper never leaves an old caller behind; a
+damaged cache is thrown away and made again; the first compilation says that it is under way.
+Never: decides what a kernel does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+from llvmlite import binding as llvm
+
+#: True under ``NUMBA_DISABLE_JIT=1``: kernels then run as plain Python, for coverage and as an oracle.
+PLAIN: bool = bool(numba.config.DISABLE_JIT)
+
+_ROOM = Path(__file__).parent
+_KEEP_UNUSED_SECONDS = 30 * 86400
+
+
+def _key() -> str:
+    """Names this very set of kernels: their sources and everything else that shapes the machine code."""
+    digest = hashlib.sha256()
+    for path in sorted(_ROOM.glob("*.py")) + sorted((_ROOM.parent / "abi").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    host = (
+        numba.__version__,
+        llvmlite.__version__,
+        sys.version,
+        platform.machine(),
+        llvm.get_host_cpu_name(),
+    )
+    digest.update(repr(host).encode())
+    return digest.hexdigest()[:20]
+
+
+def cache_directory() -> Path:
+    """Where this version's machine code is kept: ``$XDG_CACHE_HOME/pyvhost/kernels-KEY``."""
+    base = os.environ.get("PYVHOST_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pyvhost"
+    )
+    return Path(base) / f"kernels-{_key()}"
+
+
+def _claim_cache() -> Path | None:
+    """Makes the cache's folder and retires those of other versions; None where nothing can be written."""
+    here = cache_directory()
+    try:
+        here.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.utime(here)
+        for other in here.parent.glob("kernels-*"):
+            if other != here and time.time() - other.stat().st_mtime > _KEEP_UNUSED_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+    except OSError:
+        return None
+    if not os.access(here, os.W_OK):
+        return None
+    numba.config.CACHE_DIR = str(here)
+    return here
+
+
+CACHE: Path | None = None if PLAIN else _claim_cache()
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compiles a function of the data plane, on its first call or by `prepare`."""
+    return numba.njit(nogil=True, cache=CACHE is not None, boundscheck=False, error_model="numpy")(function)
+
+
+def inline(function: F) -> F:
+    """Like `kernel`, for small helpers: LLVM is told to put them into their callers."""
+    return numba.njit(
+        nogil=True, cache=CACHE is not None, boundscheck=False, error_model="numpy", forceinline=True
+    )(function)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Says on standard error that a compilation is under way, and how long it took."""
+    started = time.monotonic()
+    print(f"pyvhost: compiling {what} for this machine, once ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f" {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Compiles `loops`, or loads them from the cache: pairs of a kernel and example arguments.
+
+    Nothing is called: the arguments only give the types. `what` names the set in the progress line.
+    """
+    if PLAIN:
+        return
+    missing = [(loop, tuple(numba.typeof(a) for a in arguments)) for loop, arguments in loops]
+    missing = [(loop, types) for loop, types in missing if types not in loop.overloads]
+    if not missing:
+        return
+    stamp = CACHE / f"{what.replace(' ', '-')}.ready" if CACHE else None
+    warm = stamp is not None and stamp.exists()
+    with contextlib.nullcontext() if warm else _progress(what):
+        try:
+            _compile(missing)
+        except Exception:
+            # A truncated or foreign cache file surfaces as any of several errors: start afresh, once.
+            if CACHE is None or not warm:
+                raise
+            shutil.rmtree(CACHE, ignore_errors=True)
+            CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _compile(missing)
+    if stamp is not None:
+        with contextlib.suppress(OSError):
+            stamp.touch()
+
+
+def _compile(loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+    for loop, types in loops:
+        loop.compile(types)
