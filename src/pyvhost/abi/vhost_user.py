@@ -138,9 +138,8 @@ TRANSFER_STATE_PHASE_STOPPED = 0
 SET_CONFIG_TYPE_FRONTEND = 0
 SET_CONFIG_TYPE_MIGRATION = 1
 
-# SHMEM_MAP: flags
-FLAG_MAP_R = 0
-FLAG_MAP_RW = 1
+# SHMEM_MAP: flags; without it a mapping is read only
+FLAG_MAP_RW = 1 << 0
 
 # SET_STATUS, GET_STATUS speak virtio's device status: abi.virtio.CONFIG_S_*
 
@@ -253,6 +252,13 @@ class MMap(Structure):
         ("len", u64),
         ("flags", u64),
     )
+
+
+@sized(8)
+class ShMemConfig(Structure):
+    """GET_SHMEM_CONFIG's reply; `memory_sizes` has a size in bytes for each region, 0 for an unused one."""
+
+    _fields_ = (("nregions", u32), ("padding", u32), ("memory_sizes", u64 * 0))
 
 
 # What lies in the file of GET_INFLIGHT_FD [Inflight I/O tracking]

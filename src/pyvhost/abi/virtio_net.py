@@ -13,6 +13,7 @@ from ctypes import LittleEndianStructure, Union
 from ctypes import c_uint8 as u8
 from ctypes import c_uint16 as u16
 from ctypes import c_uint32 as u32
+from ctypes import c_uint64 as u64
 
 from pyvhost.abi._check import sized
 
@@ -143,6 +144,31 @@ CTRL_NOTF_COAL_RX_SET = 1
 CTRL_NOTF_COAL_VQ_SET = 2
 CTRL_NOTF_COAL_VQ_GET = 3
 
+CTRL_STATS = 8
+CTRL_STATS_QUERY = 0
+CTRL_STATS_GET = 1
+
+# Statistics: what a device may have, as a mask, and what a reply is, as a number
+STATS_TYPE_CVQ = 1 << 32
+STATS_TYPE_RX_BASIC = 1 << 0
+STATS_TYPE_RX_CSUM = 1 << 1
+STATS_TYPE_RX_GSO = 1 << 2
+STATS_TYPE_RX_SPEED = 1 << 3
+STATS_TYPE_TX_BASIC = 1 << 16
+STATS_TYPE_TX_CSUM = 1 << 17
+STATS_TYPE_TX_GSO = 1 << 18
+STATS_TYPE_TX_SPEED = 1 << 19
+
+STATS_TYPE_REPLY_CVQ = 32
+STATS_TYPE_REPLY_RX_BASIC = 0
+STATS_TYPE_REPLY_RX_CSUM = 1
+STATS_TYPE_REPLY_RX_GSO = 2
+STATS_TYPE_REPLY_RX_SPEED = 3
+STATS_TYPE_REPLY_TX_BASIC = 16
+STATS_TYPE_REPLY_TX_CSUM = 17
+STATS_TYPE_REPLY_TX_GSO = 18
+STATS_TYPE_REPLY_TX_SPEED = 19
+
 
 @sized(10)
 class NetHdr(LittleEndianStructure):
@@ -199,7 +225,7 @@ class NetHdrV1(LittleEndianStructure):
 
 @sized(20)
 class NetHdrV1Hash(LittleEndianStructure):
-    """The header with HASH_REPORT."""
+    """The header with HASH_REPORT. (Linux 6.18's header splits `hash_value` into two halves of 16 bits.)"""
 
     _fields_ = (("hdr", NetHdrV1), ("hash_value", u32), ("hash_report", u16), ("padding", u16))
 
@@ -265,3 +291,153 @@ class NetCtrlCoalRx(LittleEndianStructure):
     """When to notify of received frames: after so many, or so many microseconds."""
 
     _fields_ = (("rx_max_packets", u32), ("rx_usecs", u32))
+
+
+@sized(8)
+class NetCtrlCoal(LittleEndianStructure):
+    """The same for one queue."""
+
+    _fields_ = (("max_packets", u32), ("max_usecs", u32))
+
+
+@sized(12)
+class NetCtrlCoalVq(LittleEndianStructure):
+    """Which queue, and what for it."""
+
+    _fields_ = (("vqn", u16), ("reserved", u16), ("coal", NetCtrlCoal))
+
+
+@sized(8)
+class NetRssConfigHdr(LittleEndianStructure):
+    """RSS: up to the table, which has `indirection_table_mask` + 1 queues; a trailer follows."""
+
+    _fields_ = (
+        ("hash_types", u32),
+        ("indirection_table_mask", u16),
+        ("unclassified_queue", u16),
+        ("indirection_table", u16 * 0),
+    )
+
+
+@sized(4)
+class NetRssConfigTrailer(LittleEndianStructure):
+    """RSS: after the table; `hash_key_data`, at byte 3, has `hash_key_length` bytes."""
+
+    _fields_ = (("max_tx_vq", u16), ("hash_key_length", u8), ("hash_key_data", u8 * 0))
+
+
+@sized(16)
+class NetHashConfig(LittleEndianStructure):
+    """HASH_REPORT: `hash_key_data`, at byte 13, has `hash_key_length` bytes."""
+
+    _fields_ = (
+        ("hash_types", u32),
+        ("reserved", u16 * 4),
+        ("hash_key_length", u8),
+        ("hash_key_data", u8 * 0),
+    )
+
+
+@sized(8)
+class NetStatsCapabilities(LittleEndianStructure):
+    """Statistics that a device has: a mask of STATS_TYPE_*."""
+
+    _fields_ = (("supported_stats_types", u64 * 1),)
+
+
+class _QueueStats(LittleEndianStructure):
+    _fields_ = (("vq_index", u16), ("reserved", u16 * 3), ("types_bitmap", u64 * 1))
+
+
+@sized(16)
+class NetCtrlQueueStats(LittleEndianStructure):
+    """Which statistics of which queue a driver asks for."""
+
+    _fields_ = (("stats", _QueueStats * 1),)
+
+
+@sized(8)
+class NetStatsReplyHdr(LittleEndianStructure):
+    """Before each reply; `size` is the reply's with this header, in bytes."""
+
+    _fields_ = (("type", u8), ("reserved", u8), ("vq_index", u16), ("reserved1", u16), ("size", u16))
+
+
+def _counters(*names: str) -> tuple[tuple[str, type[NetStatsReplyHdr] | type[u64]], ...]:
+    return (("hdr", NetStatsReplyHdr), *((name, u64) for name in names))
+
+
+@sized(24)
+class NetStatsCvq(LittleEndianStructure):
+    """The control queue's statistics."""
+
+    _fields_ = _counters("command_num", "ok_num")
+
+
+@sized(56)
+class NetStatsRxBasic(LittleEndianStructure):
+    """A receive queue's statistics."""
+
+    _fields_ = _counters(
+        "rx_notifications", "rx_packets", "rx_bytes", "rx_interrupts", "rx_drops", "rx_drop_overruns"
+    )
+
+
+@sized(56)
+class NetStatsTxBasic(LittleEndianStructure):
+    """A transmit queue's statistics."""
+
+    _fields_ = _counters(
+        "tx_notifications", "tx_packets", "tx_bytes", "tx_interrupts", "tx_drops", "tx_drop_malformed"
+    )
+
+
+@sized(40)
+class NetStatsRxCsum(LittleEndianStructure):
+    """A receive queue's checksums."""
+
+    _fields_ = _counters("rx_csum_valid", "rx_needs_csum", "rx_csum_none", "rx_csum_bad")
+
+
+@sized(24)
+class NetStatsTxCsum(LittleEndianStructure):
+    """A transmit queue's checksums."""
+
+    _fields_ = _counters("tx_csum_none", "tx_needs_csum")
+
+
+@sized(40)
+class NetStatsRxGso(LittleEndianStructure):
+    """A receive queue's large frames."""
+
+    _fields_ = _counters(
+        "rx_gso_packets", "rx_gso_bytes", "rx_gso_packets_coalesced", "rx_gso_bytes_coalesced"
+    )
+
+
+@sized(56)
+class NetStatsTxGso(LittleEndianStructure):
+    """A transmit queue's large frames."""
+
+    _fields_ = _counters(
+        "tx_gso_packets",
+        "tx_gso_bytes",
+        "tx_gso_segments",
+        "tx_gso_segments_bytes",
+        "tx_gso_packets_noseg",
+        "tx_gso_bytes_noseg",
+    )
+
+
+@sized(24)
+class NetStatsRxSpeed(LittleEndianStructure):
+    """What a receive queue's rate limit held back."""
+
+    _fields_ = _counters("rx_ratelimit_packets", "rx_ratelimit_bytes")
+
+
+@sized(24)
+class NetStatsTxSpeed(LittleEndianStructure):
+    """What a transmit queue's rate limit held back."""
+
+    _fields_ = _counters("tx_ratelimit_packets", "tx_ratelimit_bytes")
