@@ -8,7 +8,6 @@ Never: takes ownership of a descriptor.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 
@@ -23,13 +22,13 @@ def is_eventfd(fd: int) -> bool:
 
     Without a /proc the answer is only that it is an anonymous inode, which has no file type.
     """
-    fcntl.fcntl(fd, fcntl.F_GETFD)
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as info:
             # The kernel writes this line for eventfds alone (fs/eventfd.c, eventfd_show_fdinfo).
             return any(line.startswith(b"eventfd-count:") for line in info.read(4096).splitlines())
     except (FileNotFoundError, PermissionError):
-        return stat.S_IFMT(os.fstat(fd).st_mode) == 0
+        return kind == 0
 
 
 def require(fd: int) -> None:

@@ -79,7 +79,7 @@ class Poller:
     def register(self, fd: int, events: int, callback: Callback) -> None:
         """Call `callback(mask)` while one of `events` (select.EPOLLIN, ...), EPOLLHUP or EPOLLERR holds.
 
-        ValueError: already registered. OSError: EBADF, or EPERM for a descriptor that can't be waited for (a plain file).
+        ValueError: already registered. OSError: EBADF, or EPERM for what can't be waited for (a plain file).
         """
         if fd in self._watches:
             raise ValueError(f"descriptor {fd} is registered already")
@@ -176,12 +176,15 @@ class Poller:
         self.close()
 
     def _rouse(self) -> None:
+        wake = self._wake
+        if wake < 0:
+            return  # closed: nobody is left to be roused
         try:
-            os.eventfd_write(self._wake, 1)
+            os.eventfd_write(wake, 1)
         except BlockingIOError:
             pass  # it is awake already
         except OSError as error:
-            if error.errno != errno.EBADF:  # closed: nobody is left to be roused
+            if error.errno != errno.EBADF:  # closed just now
                 raise
 
     def _wake_read(self) -> None:
