@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyvhost.host import eventfd
-from pyvhost.host.poller import Poller
+from pyvhost.host.poller import Poller, Timer
 
 
 @pytest.fixture
@@ -197,6 +197,7 @@ def test_a_descriptor_closed_too_early_does_not_haunt_the_loop(poller: Poller) -
 
     poller.run_once(0)
     assert called == []
+    assert select.select([poller._epoll], [], [], 0) == ([], [], []), "the loop would spin"
     eventfd.signal(other)
     poller.run_once()
     assert called == ["other"]
@@ -254,7 +255,8 @@ def test_timers_run_in_order_of_time_and_a_cancelled_one_not_at_all(poller: Poll
 
 def test_a_timer_can_be_cancelled_by_one_that_is_due_with_it(poller: Poller) -> None:
     called: list[str] = []
-    timers = [poller.call_later(0, lambda: timers[1].cancel())]
+    timers: list[Timer] = []
+    poller.call_later(0, lambda: [timer.cancel() for timer in timers])
     timers.append(poller.call_later(0, lambda: called.append("second")))
     poller.call_later(0, poller.stop)
     poller.run()
