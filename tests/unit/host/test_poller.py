@@ -256,7 +256,11 @@ def test_timers_run_in_order_of_time_and_a_cancelled_one_not_at_all(poller: Poll
 def test_a_timer_can_be_cancelled_by_one_that_is_due_with_it(poller: Poller) -> None:
     called: list[str] = []
     timers: list[Timer] = []
-    poller.call_later(0, lambda: [timer.cancel() for timer in timers])
+
+    def cancel() -> None:
+        timers[0].cancel()
+
+    poller.call_later(0, cancel)
     timers.append(poller.call_later(0, lambda: called.append("second")))
     poller.call_later(0, poller.stop)
     poller.run()
