@@ -57,6 +57,8 @@ ID_PARAM_SERV = 38
 ID_AUDIO_POLICY = 39
 ID_BT = 40
 ID_GPIO = 41
+ID_SPI = 45
+ID_MEDIA = 48
 
 # PCI device numbers of transitional devices
 TRANS_ID_NET = 0x1000
