@@ -133,6 +133,7 @@ def _external(name: str, *arguments: Any, result: Any = types.int64) -> Any:
 
 
 _memcpy = _external("memcpy", types.int64, types.int64, types.int64)
+_memmove = _external("memmove", types.int64, types.int64, types.int64)
 _memset = _external("memset", types.int64, types.int32, types.int64)
 _errno_location = _external("__errno_location")
 _clock_gettime = _external("clock_gettime", types.int32, types.int64, result=types.int32)
@@ -140,6 +141,7 @@ _read = _external("read", types.int32, types.int64, types.int64)
 _write = _external("write", types.int32, types.int64, types.int64)
 _readv = _external("readv", types.int32, types.int64, types.int32)
 _writev = _external("writev", types.int32, types.int64, types.int32)
+_eventfd_write = _external("eventfd_write", types.int32, types.int64, result=types.int32)
 _epoll_wait = _external("epoll_wait", types.int32, types.int64, types.int32, types.int32, result=types.int32)
 
 
@@ -147,6 +149,12 @@ _epoll_wait = _external("epoll_wait", types.int32, types.int64, types.int32, typ
 def copy(to: int, source: int, length: int) -> None:
     """Copies `length` bytes; the ranges do not overlap."""
     _memcpy(to, source, length)
+
+
+@inline
+def move(to: int, source: int, length: int) -> None:
+    """Copies `length` bytes; the ranges may overlap."""
+    _memmove(to, source, length)
 
 
 @inline
@@ -166,6 +174,12 @@ def clock_ns(scratch: int) -> int:
     """CLOCK_MONOTONIC in nanoseconds; `scratch`: 16 bytes to have it written to."""
     _clock_gettime(1, scratch)
     return load64(scratch) * 1_000_000_000 + load64(scratch + 8)
+
+
+@inline
+def signal(fd: int) -> None:
+    """Adds one to an eventfd, or writes eight bytes to a pipe; one that is full has been signalled already."""
+    _eventfd_write(fd, 1)
 
 
 @inline

@@ -84,6 +84,10 @@ def copy(to: int, source: int, length: int) -> None:
     ctypes.memmove(int(to), int(source), int(length))
 
 
+def move(to: int, source: int, length: int) -> None:
+    ctypes.memmove(int(to), int(source), int(length))
+
+
 def fill(to: int, value: int, length: int) -> None:
     ctypes.memset(int(to), int(value), int(length))
 
@@ -102,6 +106,10 @@ def _result(done: int) -> int:
 
 for _name in ("read", "write", "readv", "writev"):
     getattr(_libc, _name).restype = ctypes.c_ssize_t
+
+
+def signal(fd: int) -> None:
+    _libc.eventfd_write(int(fd), ctypes.c_uint64(1))
 
 
 def sys_read(fd: int, address: int, length: int) -> int:

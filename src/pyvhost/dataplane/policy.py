@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import llvmlite
 import numba
 from llvmlite import binding as llvm
+from numba import types
 
 #: True under ``NUMBA_DISABLE_JIT=1``: kernels then run as plain Python, for coverage and as an oracle.
 PLAIN: bool = bool(numba.config.DISABLE_JIT)
@@ -77,16 +78,35 @@ CACHE: Path | None = None if PLAIN else _claim_cache()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _compiled(function: F, **options: Any) -> F:
+    dispatcher = numba.njit(
+        nogil=True,
+        cache=CACHE is not None,
+        boundscheck=False,
+        error_model="numpy",
+        no_cfunc_wrapper=True,
+        **options,
+    )(function)
+    if not PLAIN:
+        resolve = dispatcher.get_call_template
+
+        # A literal argument would make a version of its own: 157 to compile where 65 do, and no faster ones.
+        def resolve_plainly(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            plain = {name: types.unliteral(kind) for name, kind in keywords.items()}
+            return resolve(tuple(types.unliteral(kind) for kind in arguments), plain)
+
+        dispatcher.get_call_template = resolve_plainly
+    return dispatcher
+
+
 def kernel(function: F) -> F:
     """Compiles a function of the data plane, on its first call or by `prepare`."""
-    return numba.njit(nogil=True, cache=CACHE is not None, boundscheck=False, error_model="numpy")(function)
+    return _compiled(function)
 
 
 def inline(function: F) -> F:
     """Like `kernel`, for small helpers: LLVM is told to put them into their callers."""
-    return numba.njit(
-        nogil=True, cache=CACHE is not None, boundscheck=False, error_model="numpy", forceinline=True
-    )(function)
+    return _compiled(function, forceinline=True)
 
 
 @contextlib.contextmanager
@@ -129,5 +149,5 @@ def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
 
 
 def _compile(loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
-    for loop, types in loops:
-        loop.compile(types)
+    for loop, kinds in loops:
+        loop.compile(kinds)

@@ -1,0 +1,256 @@
+"""The blocks that Python makes and kernels read: ring, port, worker, regions, and the counters' fields.
+
+Every field is an int64. A block belongs to the worker whose arrays it lies in; Python writes to it only while
+that worker is paused. Addresses are this process's own. A *batch* is scratch memory that `split_ring.collect`
+fills: `SLOTS` slots, then `BATCH_IOVECS` struct iovec.
+
+Promises: sizes are checked at import. Never: has behaviour.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+#: A record of one of the dtypes below: a numpy void under plain Python, a pointer when compiled.
+Record = Any
+#: A one-dimensional array of such records.
+Records = Any
+
+#: Chains taken in one go; one used index, one fence and one look at the driver's flags a batch.
+BATCH: Final = 32
+#: The longest chain that is served, in struct iovec: as Linux's vhost (UIO_MAXIOV).
+MAX_CHAIN: Final = 1024
+#: Slots of a batch: more than are asked for in one go, for frames that fill many mergeable buffers.
+SLOTS: Final = 352
+#: struct iovec in a batch: a long chain ends its batch early, so that one more always fits.
+BATCH_IOVECS: Final = SLOTS + 2 * MAX_CHAIN
+#: A slot: head, address of its first iovec, how many are readable, how many writable, bytes of each kind.
+SLOT_BYTES: Final = 48
+SLOT_HEAD: Final = 0
+SLOT_IOV: Final = 8
+SLOT_OUT: Final = 16
+SLOT_IN: Final = 24
+SLOT_OUT_BYTES: Final = 32
+SLOT_IN_BYTES: Final = 40
+#: Behind the iovecs: room for one descriptor that lies across two regions.
+BATCH_SCRATCH: Final = SLOTS * SLOT_BYTES + BATCH_IOVECS * 16
+BATCH_BYTES: Final = BATCH_SCRATCH + 64
+
+#: A region: guest physical address, bytes, host address; sorted by the first, never overlapping.
+REGION_BYTES: Final = 24
+
+
+def _int64s(*names: str) -> np.dtype[np.void]:
+    size = -(-len(names) * 8 // 64) * 64
+    offsets = [8 * i for i in range(len(names))]
+    return np.dtype({"names": names, "formats": ["<i8"] * len(names), "offsets": offsets, "itemsize": size})
+
+
+RING: Final = _int64s(
+    # Where its parts lie, and how many descriptors it has.
+    "desc",
+    "avail",
+    "used",
+    "num",
+    # The memory that its guest addresses mean, and the region that was hit last.
+    "regions",
+    "region_count",
+    "hit_guest",
+    "hit_size",
+    "hit_host",
+    # Free-running indices modulo 65536: taken, seen of the driver's, used, published, signalled.
+    "last_avail",
+    "seen_avail",
+    "used_idx",
+    "published",
+    "signalled",
+    "signalled_valid",
+    # What was negotiated.
+    "event_idx",
+    "notify_on_empty",
+    # Notifications: descriptors (-1: none), and whether the driver is asked to kick.
+    "call_fd",
+    "err_fd",
+    "notify",
+    # Whose it is and whether it runs.
+    "running",
+    "port",
+    "row",
+    # The fault that stopped it: a code, the descriptor, and two numbers; whether Python has told of it.
+    "fault",
+    "fault_descriptor",
+    "fault_a",
+    "fault_b",
+    "fault_told",
+)
+
+PORT: Final = _int64s(
+    # What is at its other end (PORT_*), its descriptor, and the header that travels on it.
+    "kind",
+    "fd",
+    "fd_header",
+    # Its rings in the worker's array (-1: none) and the guest's header.
+    "tx",
+    "rx",
+    "header",
+    "mergeable",
+    "guest_csum",
+    "guest_gso",
+    # Scheduling.
+    "used",
+    "active",
+    "readable",
+    "writable",
+    "rx_dry",
+    "tx_stalled",
+    "idle_since",
+    "busy_ns",
+    # Scratch: room for one frame that is held back, and for what a stream has read or not yet written.
+    "bounce",
+    "held",
+    "stream",
+    "stream_have",
+    "stream_at",
+    "unsent",
+    "unsent_at",
+    "unsent_bytes",
+    # What the last frames were like, so that the next read offers enough of the guest's buffers.
+    "expect",
+    # Frames of the generator: address, bytes, how many are left (-1: no end).
+    "template",
+    "template_bytes",
+    "left",
+    # The switch it is a member of (an address; 0: none), and as which member and queue pair.
+    "switch",
+    "member",
+    "pair",
+    # Recording: the address of a tap ring, 0 for none.
+    "record",
+    # The host's fault: errno, what it was at, whether Python has told of it.
+    "error",
+    "error_told",
+    # A row of counters for a port that has no rings (a switch's uplink).
+    "row",
+)
+
+WORKER: Final = _int64s(
+    "control",
+    "epoll",
+    "tx_batch",
+    "rx_batch",
+    "scratch",
+    "events",
+    "ports",
+    "active",
+    "active_count",
+    "watched",
+    "row",
+    "reason",
+    "reason_index",
+)
+
+#: A frame with its header at its longest: 64 KiB of GSO payload, tags, and the header.
+MAX_FRAME: Final = 65536 + 64
+STREAM_BYTES: Final = 4 * MAX_FRAME
+#: The shortest frame: two addresses and a type.
+MIN_FRAME: Final = 14
+
+#: Words of a worker's control block: the one that asks it to leave the loop.
+CONTROL_STOP: Final = 0
+
+#: A worker's scratch memory: the clock, a header, stream lengths, struct iovec being built, whole frames.
+SCRATCH_CLOCK: Final = 0
+SCRATCH_HEADER: Final = 32
+SCRATCH_LENGTHS: Final = 64
+SCRATCH_IOV: Final = 512
+SCRATCH_IOVECS: Final = 2 * MAX_CHAIN
+SCRATCH_FRAME: Final = SCRATCH_IOV + 16 * SCRATCH_IOVECS
+SCRATCH_SEGMENT: Final = SCRATCH_FRAME + MAX_FRAME
+SCRATCH_BYTES: Final = SCRATCH_SEGMENT + MAX_FRAME
+
+#: A port's bounce buffer: a header, then a frame twice over (what the guest's buffers took, and the rest).
+BOUNCE_FRAME: Final = 64
+BOUNCE_BYTES: Final = BOUNCE_FRAME + 2 * MAX_FRAME
+
+#: A switch: address and mask of its table, address and number of its members.
+SWITCH_TABLE: Final = 0
+SWITCH_MASK: Final = 8
+SWITCH_MEMBERS: Final = 16
+SWITCH_COUNT: Final = 24
+SWITCH_BYTES: Final = 64
+#: An entry of the table: an address of 48 bits with bit 48 set (0: free), and the member behind it.
+SWITCH_ENTRY_BYTES: Final = 16
+SWITCH_PROBES: Final = 8
+#: A member: how many ports (queue pairs) it has, then their indices.
+MEMBER_PORTS: Final = 0
+MEMBER_PORT: Final = 8
+MEMBER_MAX_PORTS: Final = 31
+MEMBER_BYTES: Final = 8 * (MEMBER_MAX_PORTS + 1)
+
+#: Capacity of a worker's arrays; memory that is not used is not touched.
+MAX_PORTS: Final = 2048
+MAX_RINGS: Final = 2 * MAX_PORTS
+EVENTS: Final = 64
+
+#: What epoll's data says: its kind in the high half, an index in the low half.
+EVENT_WAKE: Final = 0
+EVENT_KICK: Final = 1
+EVENT_PORT: Final = 2
+
+#: Why a loop came back to Python.
+REASON_STOP: Final = 0
+REASON_GUEST_FAULT: Final = 1
+REASON_BACKEND_FAULT: Final = 2
+
+#: What a ring's fault was; `pyvhost.vhost.faults` has the words.
+FAULT_AVAIL_INDEX: Final = 1
+FAULT_HEAD: Final = 2
+FAULT_NEXT: Final = 3
+FAULT_LOOP: Final = 4
+FAULT_ADDRESS: Final = 5
+FAULT_LENGTH: Final = 6
+FAULT_INDIRECT: Final = 7
+FAULT_INDIRECT_SIZE: Final = 8
+FAULT_TOO_LONG: Final = 9
+FAULT_DIRECTION: Final = 10
+FAULT_HEADER: Final = 11
+
+#: What is at the other end of a port.
+PORT_NULL: Final = 0
+PORT_GENERATE: Final = 1
+PORT_LOOP: Final = 2
+PORT_FD: Final = 3
+PORT_STREAM: Final = 4
+PORT_SWITCH: Final = 5
+
+COUNTERS: Final = (
+    "packets",
+    "bytes",
+    "drops",
+    "errors",
+    "kicks",
+    "calls",
+    "calls_suppressed",
+    "syscalls",
+    "bursts",
+    "oversize",
+    "no_buffer",
+    "faults",
+)
+C_PACKETS: Final = 0
+C_BYTES: Final = 8
+C_DROPS: Final = 16
+C_ERRORS: Final = 24
+C_KICKS: Final = 32
+C_CALLS: Final = 40
+C_CALLS_SUPPRESSED: Final = 48
+C_SYSCALLS: Final = 56
+C_BURSTS: Final = 64
+C_OVERSIZE: Final = 72
+C_NO_BUFFER: Final = 80
+C_FAULTS: Final = 88
+
+assert all(dtype.itemsize % 64 == 0 for dtype in (RING, PORT, WORKER))
+assert len(COUNTERS) * 8 == C_FAULTS + 8

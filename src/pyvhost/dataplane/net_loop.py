@@ -1,0 +1,163 @@
+"""The net worker's loop: every port that a thread serves, until Python is needed.
+
+Poll what is active; a port without work goes on being polled for its `busy_ns`, then asks its driver for kicks,
+is looked at once more, and rests until a kick or its descriptor wakes it. The loop sleeps in epoll when no port
+is active, and looks into epoll now and then while some are.
+
+Promises: a turn gives each active port at most one batch each way, so that none starves another; a request to
+stop is seen once a turn; descriptors are watched edge-triggered, so that an eventfd never needs to be read.
+Never: returns without a reason (`REASON_*`).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pyvhost.dataplane.access import clock_ns, load32, load64, load64_acquire, store64, sys_epoll_wait
+from pyvhost.dataplane.blocks import (
+    C_KICKS,
+    C_SYSCALLS,
+    CONTROL_STOP,
+    EVENT_KICK,
+    EVENT_PORT,
+    EVENTS,
+    PORT_FD,
+    PORT_GENERATE,
+    PORT_STREAM,
+    REASON_STOP,
+    SCRATCH_CLOCK,
+    Record,
+    Records,
+)
+from pyvhost.dataplane.net_receive import generate, receive_fd, receive_stream, receive_uplink
+from pyvhost.dataplane.net_transmit import transmit
+from pyvhost.dataplane.policy import kernel
+from pyvhost.dataplane.split_ring import count, want_kicks
+
+_EPOLLIN: Final = 0x1
+_EPOLLOUT: Final = 0x4
+_EPOLLERR_OR_HUP: Final = 0x18
+#: While ports are busy, epoll is asked this seldom for what rests: nanoseconds.
+_LOOK_NS: Final = 20_000
+
+
+@kernel
+def _serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
+    """One turn of a port, both ways; how much it moved."""
+    port = ports[index]
+    kind = port["kind"]
+    moved = 0
+    tx = port["tx"]
+    if tx >= 0 and rings[tx]["running"]:
+        moved += transmit(worker, rings, ports, index)
+    rx = port["rx"]
+    if rx < 0:
+        if kind == PORT_FD:
+            moved += receive_uplink(worker, rings, ports, index)
+    elif rings[rx]["running"]:
+        if kind == PORT_FD:
+            moved += receive_fd(worker, rings, ports, index)
+        elif kind == PORT_GENERATE:
+            moved += generate(worker, rings, ports, index)
+        elif kind == PORT_STREAM:
+            moved += receive_stream(worker, rings, ports, index)
+    return moved
+
+
+@kernel
+def _ask_kicks(rings: Records, port: Record, wanted: bool) -> None:
+    """Asks a port's driver for kicks, or spares it them: on receive only where buffers have run out."""
+    if port["tx"] >= 0 and rings[port["tx"]]["running"]:
+        want_kicks(rings[port["tx"]], wanted)
+    if port["rx"] >= 0 and rings[port["rx"]]["running"]:
+        want_kicks(rings[port["rx"]], wanted and port["rx_dry"] != 0)
+
+
+@kernel
+def _activate(worker: Record, rings: Records, ports: Records, index: int) -> None:
+    port = ports[index]
+    if port["active"] == 0 and port["used"]:
+        port["active"] = 1
+        port["idle_since"] = 0
+        store64(worker["active"] + 8 * worker["active_count"], index)
+        worker["active_count"] += 1
+        _ask_kicks(rings, port, False)
+
+
+@kernel
+def _wait(worker: Record, rings: Records, ports: Records, timeout_ms: int) -> None:
+    """Sleeps in epoll and wakes the ports that something happened to."""
+    events = worker["events"]
+    ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
+    count(worker["row"], C_SYSCALLS, 1)
+    for i in range(ready):
+        # struct epoll_event is packed: 4 bytes of events, 8 of data.
+        happened = load32(events + 12 * i)
+        kind = load32(events + 12 * i + 8)
+        index = load32(events + 12 * i + 4)
+        if kind == EVENT_KICK:
+            ring = rings[index]
+            count(ring["row"], C_KICKS, 1)
+            if ring["fault"] and not ring["running"]:
+                # As on Linux: a ring at fault is looked at again at the next kick.
+                ring["fault"] = 0
+                ring["running"] = 1
+            _activate(worker, rings, ports, ring["port"])
+        elif kind == EVENT_PORT:
+            port = ports[index]
+            if happened & (_EPOLLIN | _EPOLLERR_OR_HUP):
+                port["readable"] = 1
+            if happened & (_EPOLLOUT | _EPOLLERR_OR_HUP):
+                port["writable"] = 1
+            _activate(worker, rings, ports, index)
+
+
+@kernel
+def _rest(worker: Record, rings: Records, ports: Records, index: int, now: int) -> bool:
+    """Whether a port without work may rest: not while it is polled, nor if asking for kicks shows work."""
+    port = ports[index]
+    if port["busy_ns"]:
+        if port["idle_since"] == 0:
+            port["idle_since"] = now
+        if now - port["idle_since"] < port["busy_ns"]:
+            return False
+    _ask_kicks(rings, port, True)
+    if _serve(worker, rings, ports, index):
+        _ask_kicks(rings, port, False)
+        port["idle_since"] = 0
+        return False
+    return True
+
+
+@kernel
+def net_loop(workers: Records, rings: Records, ports: Records) -> int:
+    """Serves the ports of `workers[0]` until there is a reason to return, which it returns."""
+    worker = workers[0]
+    active = worker["active"]
+    clock = worker["scratch"] + SCRATCH_CLOCK
+    looked = 0
+    worker["reason"] = REASON_STOP
+    # Pairs with the store of the control thread that wants to change something.
+    while load64_acquire(worker["control"] + 8 * CONTROL_STOP) == 0:
+        if worker["active_count"] == 0:
+            _wait(worker, rings, ports, -1)
+            continue
+        now = clock_ns(clock)
+        if now - looked > _LOOK_NS and (worker["ports"] > worker["active_count"] or worker["watched"]):
+            looked = now
+            _wait(worker, rings, ports, 0)
+        at = 0
+        while at < worker["active_count"]:
+            index = load64(active + 8 * at)
+            if _serve(worker, rings, ports, index):
+                ports[index]["idle_since"] = 0
+                at += 1
+            elif _rest(worker, rings, ports, index, now):
+                ports[index]["active"] = 0
+                worker["active_count"] -= 1
+                store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
+            else:
+                at += 1
+            if worker["reason"] != REASON_STOP:
+                return worker["reason"]
+    return REASON_STOP
