@@ -24,14 +24,14 @@ LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"
 
 def pages() -> list[Path]:
     """The Markdown files that are, or are about to be, the project's."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return [path for name in sorted(listed.stdout.split("\0")) if name and (path := ROOT / name).is_file()]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"]
+    try:
+        listed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+        found = [ROOT / name for name in listed.split("\0") if name]
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        parts = (page.relative_to(ROOT).parts for page in ROOT.rglob("*.md"))
+        found = [ROOT.joinpath(*each) for each in parts if not any(part.startswith(".") for part in each)]
+    return sorted(path for path in found if path.is_file())
 
 
 def without_code(text: str) -> str:
