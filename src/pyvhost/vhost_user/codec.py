@@ -138,6 +138,18 @@ def encode(request: int, payload: Payload | None = None, *, flags: int = 0) -> b
     return bytes(abi.Header(request, abi.VERSION | flags, len(body))) + body
 
 
+def decode_one(stream: Stream, data: bytes) -> Message:
+    """One whole message without descriptors, for a trace or a test. CodecError: it is none."""
+    decoder = Decoder(stream)
+    message = decoder.feed(data[:HEADER_SIZE])
+    if message is None and decoder.under_way and len(data) > HEADER_SIZE:
+        message = decoder.feed(data[HEADER_SIZE:])
+    if message is None:
+        decoder.end()
+        raise CodecError("no bytes, no message")
+    return message
+
+
 class Decoder:
     """One stream's messages, from what arrives piece by piece."""
 

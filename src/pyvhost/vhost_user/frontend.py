@@ -17,14 +17,14 @@ from collections import deque
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
 from pyvhost.vhost_user.codec import Message, Stream, encode, request_name
-from pyvhost.vhost_user.payloads import ALWAYS_ANSWERED, Payload, U64
+from pyvhost.vhost_user.payloads import ALWAYS_ANSWERED, U64, Payload
 
 
 class FrontendError(Exception):
     """The back end broke the protocol."""
 
 
-class Refused(FrontendError):
+class RefusedError(FrontendError):
     """The back end answered that a request failed: a number other than 0, or a configuration of no bytes."""
 
 
@@ -65,7 +65,7 @@ class FrontendSession:
     def receive(self, message: Message) -> Payload | None:
         """What the back end answered to the oldest request that waits; its descriptors stay in `message`.
 
-        FrontendError: nothing waits, or something else does. Refused: the answer says the request failed.
+        FrontendError: nothing waits, or something else does. RefusedError: the answer says that it failed.
         """
         if message.stream is not Stream.REPLY:
             raise ValueError(f"{message.stream.value} is not the stream of replies")
@@ -77,10 +77,10 @@ class FrontendSession:
             raise FrontendError(f"the reply is to {message.name}, but {expected} waits for one")
         payload = message.payload
         if request == Request.GET_CONFIG and payload is None:
-            raise Refused("GET_CONFIG: the back end refused (a reply without payload)")
+            raise RefusedError("GET_CONFIG: the back end refused (a reply without payload)")
         acknowledgement = isinstance(payload, U64) and request not in _NUMBERS
         if acknowledgement and isinstance(payload, U64) and payload.value != 0:
-            raise Refused(f"{message.name}: the back end answered {payload.value}, which is failure")
+            raise RefusedError(f"{message.name}: the back end answered {payload.value}, which is failure")
         return payload
 
     def acknowledge(self, message: Message, result: int = 0) -> bytes:
