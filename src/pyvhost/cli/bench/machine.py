@@ -1,0 +1,130 @@
+"""What a benchmark borrows from the machine and gives back: huge pages, two processors, their distance.
+
+Promises: whatever was changed is changed back when the block is left, by an error or a signal too.
+Never: measures a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy
+
+from pyvhost.cli.bench.testpmd import Cores
+from pyvhost.dataplane import pingpong
+
+_NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
+#: Three testpmd of 256 MB each in 2 MB pages, and what the kernel cannot place.
+HUGE_PAGES = 600
+
+
+class UnfitError(RuntimeError):
+    """This machine cannot run the benchmark; the message says what would have to change."""
+
+
+def pick_cores() -> Cores:
+    """The first two processors this process may run on. Raises UnfitError when there is only one."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        raise UnfitError(
+            "a back end and a front end each need a processor of their own: 2 are needed, 1 is there"
+        )
+    return Cores(back_end=allowed[0], front_end=allowed[1])
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A short-named folder for sockets (their paths are limited to 107 bytes), removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix="pyvhost-bench-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def huge_pages(directory: Path, count: int = HUGE_PAGES) -> Iterator[Path]:
+    """Mounts huge pages at `directory`, after making sure that `count` of them exist.
+
+    Raises UnfitError without root, or when memory is too fragmented to give them.
+    """
+    if os.geteuid() != 0:
+        raise UnfitError("testpmd needs huge pages, and setting them up needs root")
+    before = int(_NR_HUGEPAGES.read_text())
+    directory.mkdir()
+    mounted = False
+    try:
+        if before < count:
+            _NR_HUGEPAGES.write_text(str(count))
+            granted = int(_NR_HUGEPAGES.read_text())
+            if granted < count:
+                raise UnfitError(f"the kernel gave {granted} of {count} huge pages of 2 MB: free some memory")
+        subprocess.run(
+            ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "pyvhost-bench", str(directory)], check=True
+        )
+        mounted = True
+        yield directory
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(directory)], check=False)
+        if before < count:
+            _NR_HUGEPAGES.write_text(str(before))
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP unwind the blocks above, as SIGINT does."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class CacheLine:
+    """One cache line that two processors can pass to each other."""
+
+    def __init__(self, cores: Cores) -> None:
+        self._cores = cores
+        # On a boundary of two lines: the neighbour that some processors fetch along belongs to nobody else.
+        self._room = numpy.zeros(pingpong.ROOM + 128, dtype=numpy.uint8)
+        self._address = -(-self._room.ctypes.data // 128) * 128
+        pingpong.prepare()
+
+    def round_trip_ns(self, rounds: int = 5000) -> float | None:
+        """How long the line takes to the other processor and back, in ns; None when one side was kept away.
+
+        About a millisecond of both processors' time.
+        """
+        self._room[:] = 0
+        elapsed = [0, 0]
+
+        def take_part(core: int, side: int) -> None:
+            os.sched_setaffinity(0, {core})
+            elapsed[side] = pingpong.play(self._address, side, rounds)
+
+        players = [
+            threading.Thread(target=take_part, args=(core, side), name=f"line-{side}")
+            for side, core in enumerate((self._cores.back_end, self._cores.front_end))
+        ]
+        for player in players:
+            player.start()
+        for player in players:
+            player.join()
+        if min(elapsed) < 0:
+            return None
+        return elapsed[0] / rounds
