@@ -298,13 +298,31 @@ def test_malformed_tcp(offset: int, value: bytes) -> None:
     assert refused(bytes(frame), HDR_GSO_TCPV4, 1448) == offload.MALFORMED
 
 
-@pytest.mark.parametrize("frame", [bytes(GOOD), bytes(GOOD6), bytes(GOOD_UDP)], ids=["v4", "v6", "udp"])
-def test_no_cut_of_a_header_is_read_beyond(frame: bytes) -> None:
-    kinds = (HDR_GSO_TCPV4, HDR_GSO_TCPV6, HDR_GSO_UDP_L4, HDR_GSO_UDP)
-    for length in range(80):
-        short = Guarded.of(frame[:length])
-        for kind in kinds:
-            assert offload.segment_count(short.address, length, kind, 1448) == offload.MALFORMED
+LAYERS = {
+    "TCP over IPv4": (GOOD, 16, HDR_GSO_TCPV4, 54),
+    "TCP over IPv4, tagged": (ETHER / Dot1Q() / IP4_OPTIONS / TCP(), 20, HDR_GSO_TCPV4, 62),
+    "TCP options": (ETHER / IP4 / TCP_HEADERS["with everything"], 16, HDR_GSO_TCPV4, 90),
+    "TCP over IPv6": (GOOD6, 18, HDR_GSO_TCPV6, 74),
+    "extension headers": (ETHER / Dot1AD() / Dot1Q() / IP6_EXTENDED / TCP(), 26, HDR_GSO_TCPV6, 106),
+    "datagrams": (GOOD_UDP, 16, HDR_GSO_UDP_L4, 42),
+    "fragments": (GOOD_UDP, 16, HDR_GSO_UDP, 42),
+}
+
+
+@pytest.mark.parametrize(("packet", "place", "kind", "headers"), LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("told", [True, False])
+def test_headers_that_are_cut_short_are_not_read_beyond(
+    packet: Packet, place: int, kind: int, headers: int, told: bool
+) -> None:
+    frame = bytearray(bytes(packet))
+    if not told:
+        frame[place : place + 2] = b"\0\0"  # the IP header leaves it to the frame's length
+    for length in range(headers + 1):
+        short = Guarded.of(bytes(frame[:length]))
+        answer = offload.segment_count(short.address, length, kind, 1448)
+        assert answer == (
+            1 if length == headers and (not told or len(frame) == headers) else offload.MALFORMED
+        )
 
 
 def test_a_length_of_zero_in_the_ip_header_means_the_frame() -> None:
