@@ -1,4 +1,7 @@
-"""System calls a packet, for each backend: the back end's whole process counted while testpmd keeps it busy.
+"""System calls a packet, for each backend: the back end's whole process counted while packets pass.
+
+Most are counted while testpmd, which polls and never sleeps, keeps the back end busy. Some again with a driver
+that behaves as a guest at ease: it sends a burst, kicks, and sleeps until it is called.
 
 Backends that reach the kernel get their far end inside a network namespace of the back end's own, so that
 nothing of a flood gets out of it: a tap with nobody behind it, a veth pair, and for `user` a dummy interface as
@@ -28,11 +31,18 @@ from pyvhost.cli.bench.backend import BackEnd
 from pyvhost.cli.bench.net import LOOP_BURSTS
 from pyvhost.cli.bench.results import SyscallResult
 from pyvhost.cli.bench.testpmd import Cores, Testpmd, front_end_arguments
+from pyvhost.driver.memory import GuestMemory
+from pyvhost.driver.net import NetDriver
+from pyvhost.driver.vhost_user import VhostUserFrontend
 
 TO_HOST = "guest to host"
 TO_GUEST = "host to guest"
 BOTH = "both ways"
 _FRAME = 64
+#: What the driver at ease sends between two sleeps.
+_BURST = 32
+#: The front end's mode for that driver.
+_AT_EASE = "bursts"
 _CLONE_NEWNET = 0x40000000
 
 #: Run in the back end's own network namespace before it starts.
@@ -78,6 +88,12 @@ SUBJECTS = (
     Subject("packet", TO_GUEST, "packet:pvbench0", "rxonly", "rx", namespace=True, far_end="pvbench1"),
     Subject("stream", TO_HOST, "stream:{socket}", "txonly", "tx", far_end="sink"),
     Subject("stream", TO_GUEST, "stream:{socket}", "rxonly", "rx", far_end="source"),
+    Subject("null", TO_HOST, "null", _AT_EASE, "tx", note=f"bursts of {_BURST}, kicks and calls"),
+    Subject(
+        *("tap", TO_HOST, "tap:pvbench3", _AT_EASE, "tx"),
+        namespace=True,
+        note=f"bursts of {_BURST}, kicks and calls",
+    ),
     Subject(
         "user", TO_HOST, "user", "txonly", "tx", namespace=True, note="passt's own calls are not counted"
     ),
@@ -184,7 +200,7 @@ class SyscallBench:
 
     def run(self, subject: Subject) -> SyscallResult:
         """Counts one subject."""
-        name = f"syscalls-{subject.backend}-{subject.counts}"
+        name = f"syscalls-{subject.backend}-{subject.front_mode}"
         sockets = [self._scratch / f"{name}-{index}" for index in range(2 if subject.counts == "peer" else 1)]
         stream = self._scratch / f"{name}-stream"
         with contextlib.ExitStack() as stack:
@@ -201,10 +217,15 @@ class SyscallBench:
                 )
             )
             back.wait_ready(sockets)
-            fronts = [
-                stack.enter_context(self._front(f"{name}-front-{index}", path, subject, index))
-                for index, path in enumerate(sockets)
-            ]
+            fronts: list[Testpmd] = []
+            driver: NetDriver | None = None
+            if subject.front_mode == _AT_EASE:
+                driver = self._driver(stack, sockets[0])
+            else:
+                fronts += [
+                    stack.enter_context(self._front(f"{name}-front-{index}", path, subject, index))
+                    for index, path in enumerate(sockets)
+                ]
             for front in fronts:
                 front.wait_ready()
             if subject.backend == "tap":
@@ -212,10 +233,27 @@ class SyscallBench:
                     ["nsenter", "-t", str(back.pid), "-n", "ip", "link", "set", "pvbench3", "up"], check=True
                 )
             with self._far_end(subject, back, end) as flood, counting.system_calls(back.pid) as count:
-                packets = self._move(subject, fronts, flood)
+                packets = self._move_in_bursts(driver) if driver else self._move(subject, fronts, flood)
         return SyscallResult(
             subject.backend, subject.direction, packets, count.calls, count.total, count.by, subject.note
         )
+
+    @staticmethod
+    def _driver(stack: contextlib.ExitStack, path: Path) -> NetDriver:
+        memory = stack.enter_context(contextlib.closing(GuestMemory(4 << 20)))
+        driver = NetDriver(stack.enter_context(VhostUserFrontend.connect(path)), memory)
+        stack.callback(driver.close)
+        driver.start()
+        return driver
+
+    def _move_in_bursts(self, driver: NetDriver) -> int:
+        burst = [frame_from_host()] * _BURST
+        sent = 0
+        end = time.monotonic() + self._seconds
+        while time.monotonic() < end:
+            sent += driver.send_many(burst)
+            driver.wait_sent()
+        return sent
 
     def _move(self, subject: Subject, fronts: Sequence[Testpmd], flood: Flood | None) -> int:
         """Starts, waits, stops; how many packets the front end saw."""
