@@ -1,0 +1,227 @@
+"""QEMU with Debian's stock kernel: a guest with real PCI devices, many queues and a monitor.
+
+Promises: the kernel is unmodified and the root file system an initramfs of busybox and a few programs of the host,
+gone when the guest is; its NICs are vhost-user devices, attached as a user would attach them (`-netdev vhost-user`,
+shared memory from a memfd). Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
+Never: needs root or a disk image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyvhost.cli.guests import agent
+from pyvhost.cli.guests.base import Guest, GuestError, LineCallback
+from pyvhost.cli.guests.initramfs import Initramfs, InitramfsError
+from pyvhost.cli.guests.kernel import Kernel, KernelError, find_kernel
+from pyvhost.cli.guests.modules import ModuleError, content, load_order
+from pyvhost.cli.guests.qmp import Qmp, QmpError
+
+PROGRAM = "qemu-system-x86_64"
+PACKAGE = "qemu-system-x86"
+
+# The shell's line: the second serial port. The first is what a person reads.
+_TTY = "/dev/ttyS1"
+
+
+@dataclass(frozen=True)
+class Nic:
+    """One vhost-user NIC: the back end's socket, and how many queue pairs to ask for."""
+
+    socket: str | Path
+    queue_pairs: int = 1
+    mac: str = ""  # default: one made from the socket's path, so that no two are the same
+    options: str = ""  # more of virtio-net-pci's properties, as in "packed=on"
+
+    @property
+    def address(self) -> str:
+        """The MAC address it has."""
+        digest = hashlib.sha256(str(self.socket).encode()).digest()
+        return self.mac or "52:54:00:" + digest[:3].hex(":")
+
+
+class QemuGuest(Guest):
+    """A QEMU with one virtio NIC for each of `nics`, whose back ends must be listening by `start`.
+
+    `kernel` is what to boot (default: `find_kernel()`); `programs` are the host's, taken into the guest if the
+    host has them. `reconnect`: seconds after which QEMU dials a back end again that has gone, 0 for never.
+    """
+
+    def __init__(
+        self,
+        nics: Sequence[Nic],
+        *,
+        name: str = "QEMU",
+        memory_mib: int = 256,
+        cpus: int | None = None,
+        accelerator: str = "tcg",
+        kernel: Kernel | None = None,
+        modules: Sequence[str] = ("virtio_pci", "virtio_net"),
+        programs: Sequence[str] = ("ethtool", "iperf3"),
+        reconnect: int = 0,
+        on_line: LineCallback | None = None,
+    ) -> None:
+        super().__init__(name, on_line=on_line)
+        self.nics = list(nics)
+        self.memory_mib = memory_mib
+        self.cpus = cpus or max([1, *(nic.queue_pairs for nic in nics)])
+        self.accelerator = accelerator
+        self.kernel = kernel
+        self.modules = list(modules)
+        self.programs = list(programs)
+        self.reconnect = reconnect
+        self._monitor: socket.socket | None = None
+        self._qmp: Qmp | None = None
+
+    @property
+    def qmp(self) -> Qmp:
+        """The monitor. GuestError: the guest was not started."""
+        if self._qmp is None:
+            raise GuestError(f"{self.name} has no monitor: it was not started")
+        return self._qmp
+
+    # NICs by number, as in `nics`, while it runs.
+
+    def unplug(self, number: int, *, timeout: float = 30.0) -> None:
+        """Take the card out of the running guest; the back end's connection stays."""
+        self._told_by_qmp(lambda qmp: qmp.execute("device_del", id=f"nic{number}"))
+        self._told_by_qmp(
+            lambda qmp: qmp.wait_event(
+                "DEVICE_DELETED", matching=lambda data: data.get("device") == f"nic{number}", timeout=timeout
+            )
+        )
+
+    def plug(self, number: int) -> None:
+        """Put the card in again."""
+        driver, *properties = _device(number, self.nics[number], self.accelerator).split(",")
+        pairs = (item.split("=", 1) for item in properties)
+        arguments = {key: _typed(value) for key, value in pairs}
+        self._told_by_qmp(lambda qmp: qmp.execute("device_add", driver=driver, **arguments))
+
+    def disconnect(self, number: int) -> None:
+        """Leave the back end: an unplugged card's connection ends."""
+        self._told_by_qmp(lambda qmp: qmp.execute("netdev_del", id=f"net{number}"))
+        self._told_by_qmp(lambda qmp: qmp.execute("chardev-remove", id=f"chr{number}"))
+
+    def connect(self, number: int) -> None:
+        """Connect to the back end again, before the card is plugged in."""
+        nic = self.nics[number]
+        address = {"type": "unix", "data": {"path": str(nic.socket)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        self._told_by_qmp(lambda qmp: qmp.execute("chardev-add", id=f"chr{number}", backend=backend))
+        ids = {"id": f"net{number}", "chardev": f"chr{number}"}
+        self._told_by_qmp(
+            lambda qmp: qmp.execute("netdev_add", type="vhost-user", queues=nic.queue_pairs, **ids)
+        )
+
+    def set_link(self, number: int, up: bool) -> None:
+        """Pull the card's cable, or put it in."""
+        self._told_by_qmp(lambda qmp: qmp.execute("set_link", name=f"nic{number}", up=up))
+
+    def reset(self, timeout: float = 60.0) -> None:
+        """Press the reset button, and wait until the guest takes commands again."""
+        self._reboot(lambda: self._told_by_qmp(lambda qmp: qmp.execute("system_reset")), timeout)
+
+    # What Guest asks for.
+
+    def _command(
+        self, folder: Path, shell: socket.socket
+    ) -> tuple[list[str], dict[str, str], list[socket.socket]]:
+        program = shutil.which(PROGRAM)
+        if program is None:
+            raise GuestError(f"there is no {PROGRAM}: apt-get install {PACKAGE}")
+        try:
+            kernel = self.kernel or find_kernel()
+            initramfs = folder / "initramfs"
+            initramfs.write_bytes(self._initramfs(kernel))
+        except (KernelError, ModuleError, InitramfsError) as problem:
+            raise GuestError(f"{self.name}: {problem}") from problem
+        self._monitor, monitor = socket.socketpair()
+        argv = [program, "-nodefaults", "-no-user-config", "-display", "none"]
+        argv += ["-machine", f"pc,accel={self.accelerator},memory-backend=mem", "-smp", str(self.cpus)]
+        argv += ["-m", f"{self.memory_mib}M"]
+        argv += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on"]
+        argv += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
+        argv += ["-append", "console=ttyS0 panic=-1 quiet loglevel=5 no_timer_check tsc=reliable"]
+        argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+        argv += ["-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"]
+        argv += [
+            "-chardev",
+            f"socket,id=monitor,fd={monitor.fileno()}",
+            "-mon",
+            "chardev=monitor,mode=control",
+        ]
+        for number, nic in enumerate(self.nics):
+            again = f",reconnect={self.reconnect}" if self.reconnect else ""
+            argv += ["-chardev", f"socket,id=chr{number},path={_escaped(nic.socket)}{again}"]
+            argv += ["-netdev", f"vhost-user,id=net{number},chardev=chr{number},queues={nic.queue_pairs}"]
+            argv += ["-device", _device(number, nic, self.accelerator)]
+        return argv, {}, [monitor]
+
+    def _started(self) -> None:
+        assert self._monitor is not None
+        try:
+            self._qmp = Qmp(self._monitor)
+        except QmpError as problem:
+            self._reaped(1)
+            raise GuestError(self._told(f"{self.name}: {problem}")) from problem
+
+    def _released(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+
+    def _initramfs(self, kernel: Kernel) -> bytes:
+        tree = Initramfs()
+        for folder in ("dev", "proc", "sys", "tmp"):
+            tree.add_folder(folder)
+        tree.add_busybox()
+        modules = []
+        for module in load_order(kernel.modules, self.modules):
+            name = "/modules/" + module.name[: module.name.index(".ko") + 3]
+            tree.add_file(name, content(module))
+            modules.append(name)
+        path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+        for program in self.programs:
+            if found := shutil.which(program, path=path):
+                tree.add_program(found)
+        tree.add_file("init", agent.qemu_init(_TTY, modules).encode(), executable=True)
+        return tree.packed()
+
+    def _told_by_qmp(self, act: Callable[[Qmp], object]) -> None:
+        try:
+            act(self.qmp)
+        except QmpError as problem:
+            raise GuestError(self._told(f"{self.name}: {problem}")) from problem
+
+
+def _device(number: int, nic: Nic, accelerator: str) -> str:
+    # One vector a ring, one for the control queue, one for the configuration. Without KVM there is no irqfd, and
+    # QEMU 7.2 dies of that as soon as a vhost-user card uses MSI-X (kvm_virtio_pci_irqfd_use with no vector_irqfd).
+    vectors = 0 if accelerator == "tcg" else 2 * nic.queue_pairs + 2
+    parts = [
+        "virtio-net-pci",
+        f"netdev=net{number}",
+        f"id=nic{number}",
+        f"mac={nic.address}",
+        f"vectors={vectors}",
+    ]
+    if nic.queue_pairs > 1:
+        parts += ["mq=on"]
+    return ",".join([*parts, nic.options] if nic.options else parts)
+
+
+def _typed(value: str) -> str | int | bool:
+    """A property of `-device` as JSON has it."""
+    if value in ("on", "off"):
+        return value == "on"
+    return int(value) if value.isdecimal() else value
+
+
+def _escaped(path: str | Path) -> str:
+    return str(path).replace(",", ",,")
