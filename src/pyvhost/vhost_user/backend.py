@@ -40,6 +40,7 @@ from pyvhost.vhost_user.hints import Progress
 from pyvhost.vhost_user.offer import NOT_OFFERED, PROTOCOL_FEATURES
 from pyvhost.vhost_user.payloads import (
     ALWAYS_ANSWERED,
+    ANSWERED_WITH_RESULT,
     U64,
     Config,
     MemReg,
@@ -173,14 +174,16 @@ class BackendSession:
 
     def _refusal(self, message: Message, error: OSError) -> Payload | None:
         """What tells the front end that its request failed; None: it can't be told."""
-        if message.request == Request.GET_CONFIG:
-            return _REFUSED
-        number = U64(error.errno or errno.EINVAL)
-        if message.request == Request.IOTLB_MSG:
-            return number
-        told_anyway = message.request in ALWAYS_ANSWERED and message.request in _HANDLERS
+        number = error.errno or errno.EINVAL
+        if message.request in ALWAYS_ANSWERED:
+            # need_reply means nothing here, and most of these answers have no way to say no.
+            if message.request == Request.GET_CONFIG:
+                return _REFUSED
+            if message.request == Request.SET_DEVICE_STATE_FD:
+                return U64(number & abi.DEVICE_STATE_ERROR_MASK | abi.DEVICE_STATE_NOFD_MASK)
+            return U64(number) if message.request in ANSWERED_WITH_RESULT else None
         asked = message.need_reply and self._has(abi.PROTOCOL_F_REPLY_ACK)
-        return number if asked and not told_anyway else None
+        return U64(number) if asked else None
 
     def _has(self, bit: int) -> bool:
         return bool(self.protocol_features >> bit & 1)

@@ -58,7 +58,10 @@ _DEVICE_FEATURES: dict[int, dict[int, str]] = {
     virtio.ID_VSOCK: _bits(virtio_vsock, "F_"),
 }
 _STATUS = {value.bit_length() - 1: name for value, name in _bits(virtio, "CONFIG_S_").items()}
-_IOTLB_TYPES = _bits(vhost, "IOTLB_")
+_IOTLB_TYPES = {
+    getattr(vhost, f"IOTLB_{name}"): name
+    for name in ("MISS", "UPDATE", "INVALIDATE", "ACCESS_FAIL", "BATCH_BEGIN", "BATCH_END")
+}
 _ACCESS = {vhost.ACCESS_RO: "RO", vhost.ACCESS_WO: "WO", vhost.ACCESS_RW: "RW"}
 
 

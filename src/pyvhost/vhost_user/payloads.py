@@ -452,6 +452,9 @@ ALWAYS_ANSWERED = frozenset(
     }
 )
 
+#: Those of them whose answer is nothing but success (0) or failure.
+ANSWERED_WITH_RESULT = frozenset({Request.IOTLB_MSG, Request.POSTCOPY_END, Request.CHECK_DEVICE_STATE})
+
 _MMAP = ctypes.sizeof(abi.MMap)
 
 BACKEND_REQUESTS: dict[int, Shape] = {

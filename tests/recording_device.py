@@ -1,0 +1,191 @@
+"""A device that records what a transport calls, and recorded conversations to replay at it.
+
+`RecordingDevice` keeps the contract of `vhost_user.device.Device` on descriptors: they are its own from the
+call on, also when it raises, and `reset` closes them all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyvhost.host.fds import close_all
+from pyvhost.memory.regions import MemoryRegion
+from pyvhost.vhost.errors import VhostError
+
+DATA = Path(__file__).parent / "unit" / "vhost_user" / "data"
+
+VERSION_1 = 1 << 32
+FEATURES = VERSION_1 | 1 << 28 | 1 << 29 | 1 << 22 | 1 << 16 | 1 << 15 | 1 << 5 | 1 << 3
+#: What testpmd acknowledges beyond that (IN_ORDER), to replay it.
+IN_ORDER = 1 << 35
+
+
+class RecordingDevice:
+    """Says yes to everything, or what `refusals` has for a method's name."""
+
+    virtio_id = 1
+    queue_num = 4
+    vring_count = 8
+    max_mem_slots = 509
+
+    def __init__(self, name: str = "net0", features: int = FEATURES) -> None:
+        self.name = name
+        self.features = features
+        self.config_changed: Callable[[], None] | None = None
+        self.lost_memory = False
+        self.config = bytes(range(64))
+        self.calls: list[tuple[Any, ...]] = []
+        self.refusals: dict[str, OSError] = {}
+        self.running: dict[int, bool] = {}
+        self.bases: dict[int, int] = {}
+        self.resets = 0
+        self._fds: list[int] = []
+
+    def _record(self, name: str, *arguments: Any) -> None:
+        self.calls.append((name, *arguments))
+        if name in self.refusals:
+            raise self.refusals[name]
+
+    def refuse(self, name: str, number: int = errno.EINVAL, text: str = "no") -> None:
+        """From now on the method called `name` refuses."""
+        self.refusals[name] = VhostError(number, text)
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of every call of a method."""
+        return [call[1:] for call in self.calls if call[0] == name]
+
+    def set_owner(self) -> None:
+        self._record("set_owner")
+
+    def reset(self) -> None:
+        self._record("reset")
+        self.resets += 1
+        self.running.clear()
+        close_all(self._fds)
+        self._fds.clear()
+
+    def set_features(self, bits: int, /) -> None:
+        self._record("set_features", bits)
+        if bits & ~self.features:
+            raise VhostError(errno.EOPNOTSUPP, f"features {bits & ~self.features:#x} were not offered")
+
+    def set_mem_table(self, regions: list[MemoryRegion], /) -> None:
+        self._fds += [region.fd for region in regions]
+        self._record("set_mem_table", *regions)
+
+    def add_mem_region(self, region: MemoryRegion, /) -> None:
+        self._fds.append(region.fd)
+        self._record("add_mem_region", region)
+
+    def remove_mem_region(self, region: MemoryRegion, /) -> None:
+        assert region.fd == -1
+        self._record("remove_mem_region", region)
+
+    def set_vring_num(self, index: int, num: int, /) -> None:
+        self._record("set_vring_num", index, num)
+
+    def set_vring_base(self, index: int, num: int, /) -> None:
+        self._record("set_vring_base", index, num)
+        self.bases[index] = num
+
+    def get_vring_base(self, index: int, /) -> int:
+        assert not self.running.get(index), "a base is read of a ring that runs"
+        self._record("get_vring_base", index)
+        return self.bases.get(index, 0)
+
+    def set_vring_addr(self, index: int, flags: int, desc: int, used: int, avail: int, log: int, /) -> None:
+        self._record("set_vring_addr", index, flags, desc, used, avail, log)
+
+    def _take(self, name: str, index: int, fd: int) -> None:
+        if fd >= 0:
+            self._fds.append(fd)
+        self._record(name, index, fd)
+
+    def set_vring_kick(self, index: int, fd: int, /) -> None:
+        self._take("set_vring_kick", index, fd)
+
+    def set_vring_call(self, index: int, fd: int, /) -> None:
+        self._take("set_vring_call", index, fd)
+
+    def set_vring_err(self, index: int, fd: int, /) -> None:
+        self._take("set_vring_err", index, fd)
+
+    def set_vring_running(self, index: int, running: bool, /) -> None:
+        self._record("set_vring_running", index, running)
+        assert self.running.get(index, False) != running, "told what it was told already"
+        self.running[index] = running
+
+    def get_config(self, offset: int, size: int, /) -> bytes:
+        self._record("get_config", offset, size)
+        return self.config[offset : offset + size]
+
+    def set_config(self, offset: int, data: bytes, flags: int, /) -> None:
+        self._record("set_config", offset, data, flags)
+
+    def send_rarp(self, mac: bytes, /) -> None:
+        self._record("send_rarp", mac)
+
+    def set_mtu(self, mtu: int, /) -> None:
+        self._record("set_mtu", mtu)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One message of a recorded conversation."""
+
+    front: bool
+    backend_channel: bool
+    data: bytes
+    fds: int
+
+    @property
+    def request(self) -> int:
+        return int.from_bytes(self.data[:4], "little")
+
+
+def conversations() -> list[str]:
+    """The names of all recorded conversations."""
+    return sorted(path.stem for path in DATA.glob("*.json"))
+
+
+def conversation(name: str) -> list[Recorded]:
+    """What two real programs said to each other."""
+    return [
+        Recorded(m["from"] == "front", m["channel"] == "backend", bytes.fromhex(m["hex"]), int(m["fds"]))
+        for m in json.loads((DATA / f"{name}.json").read_text())["messages"]
+    ]
+
+
+def spare_fd() -> int:
+    """A descriptor to give away."""
+    return os.eventfd(0, os.EFD_CLOEXEC)
+
+
+def is_open(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def open_fds() -> set[str]:
+    """The numbers of all descriptors that are open now."""
+    return {fd for fd in os.listdir("/proc/self/fd") if is_open(int(fd))}
+
+
+@contextmanager
+def no_fd_leaks() -> Iterator[None]:
+    """What is open at the end was open at the beginning."""
+    before = open_fds()
+    yield
+    leaked = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds() - before}
+    assert not leaked, f"descriptors leaked: {leaked}"
