@@ -1,0 +1,124 @@
+"""The counters for programs: JSON, and Prometheus.
+
+Promises: every number that the table shows, and every counter as it was counted; `prometheus_client` is
+imported only when asked for. Never: listens anywhere by itself but where it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvhost.observe.rates import Queue, queues
+from pyvhost.observe.reader import Process, Snapshot
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+#: What the counters of this project's devices mean.
+MEANINGS: Final = {
+    "packets": "Frames that passed.",
+    "bytes": "Bytes of frames that passed.",
+    "drops": "Frames that were dropped, for whatever reason.",
+    "errors": "Frames that were malformed, or that the backend refused.",
+    "kicks": "Notifications from the driver.",
+    "calls": "Notifications to the driver.",
+    "calls_suppressed": "Notifications that the driver did not want.",
+    "syscalls": "System calls that moving the frames took.",
+    "bursts": "Batches that the frames were moved in.",
+    "oversize": "Frames that no buffer could hold.",
+    "no_buffer": "Times that frames had to wait for a buffer of the driver's.",
+    "faults": "Times that the ring was stopped because of what the driver had written.",
+}
+
+
+def as_json(snapshot: Snapshot, previous: Snapshot | None = None, dt: float | None = None) -> dict[str, Any]:
+    """The snapshot as JSON's own types. Rates are a second, since `previous`; null where there was none."""
+    by_process: dict[int, list[dict[str, Any]]] = {id(process): [] for process in snapshot.processes}
+    seconds = None
+    for queue in queues(snapshot, previous, dt):
+        by_process[id(queue.process)].append(_queue(queue))
+        seconds = queue.seconds if previous is not None else None
+    return {
+        "time": snapshot.time,
+        "interval": seconds,
+        "processes": [_process(process, by_process[id(process)]) for process in snapshot.processes],
+        "problems": list(snapshot.problems),
+    }
+
+
+def _process(process: Process, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"pid": process.pid, "started": process.started, "file": str(process.path), "queues": rows}
+
+
+def _queue(queue: Queue) -> dict[str, Any]:
+    rates = None
+    if queue.growth is not None and queue.seconds > 0:
+        rates = {name: growth / queue.seconds for name, growth in queue.growth.items()}
+        rates["bits"] = 8 * rates.get("bytes", 0.0)
+    return {
+        "labels": queue.row.labels,
+        "counters": queue.row.values,
+        "rates": rates,
+        "syscalls_per_packet": queue.syscalls_per_packet(),
+        "packets_per_batch": queue.batch(),
+        "calls_suppressed_part": queue.suppressed(),
+    }
+
+
+class Collector:
+    """A custom collector for `prometheus_client`: looks when it is asked, keeps nothing in between.
+
+    Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend.
+    """
+
+    LABELS: Final = ("device", "kind", "queue", "backend")
+
+    def __init__(self, look: Callable[[], Snapshot]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        snapshot = self._look()
+        labels = ("pid", *self.LABELS)
+        sums: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in MEANINGS}
+        for process in snapshot.processes:
+            for row in process.rows:
+                whose = (str(process.pid), *(row.label(name) for name in self.LABELS))
+                for name, value in row.values.items():
+                    # Two rows of the same labels would be the same series twice.
+                    series = sums.setdefault(name, {})
+                    series[whose] = series.get(whose, 0) + value
+        for name, series in sums.items():
+            meaning = MEANINGS.get(name, f"Counter {name} of a pyvhost process.")
+            counter = CounterMetricFamily(f"pyvhost_{name}", meaning, labels=labels)
+            for whose, value in series.items():
+                counter.add_metric(whose, value)
+            yield counter
+        started = GaugeMetricFamily(
+            "pyvhost_process_start_time_seconds",
+            "When the process started, since the epoch.",
+            labels=("pid",),
+        )
+        for process in snapshot.processes:
+            started.add_metric((str(process.pid),), process.started)
+        yield started
+        yield GaugeMetricFamily(
+            "pyvhost_unreadable_files",
+            "Counters' files that were found and could not be believed.",
+            value=len(snapshot.problems),
+        )
+
+
+def serve_prometheus(address: str, port: int, look: Callable[[], Snapshot]) -> tuple[Any, int]:
+    """Answers scrapes at `address`:`port` (0: any) in a thread; its server, to be shut down, and the port.
+
+    OSError: as bind(2).
+    """
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector(look))
+    server, _ = start_http_server(port, address, registry)
+    return server, server.server_port

@@ -1,0 +1,97 @@
+"""What happened between two snapshots: each queue's counters as rates and ratios.
+
+Promises: a queue that is new, or whose process is, has no rates (None) and not a wild number; a counter that
+went backwards counts as one that stood still. Never: does input or output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyvhost.observe.reader import Process, Row, Snapshot
+
+#: Names a queue across snapshots: its file, its use of a row, its labels.
+Key = tuple[str, int, tuple[tuple[str, str], ...]]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One queue at one moment, and since the moment before."""
+
+    process: Process
+    row: Row
+    #: How much each counter grew, None if there was no moment before.
+    growth: dict[str, int] | None
+    #: Over how many seconds.
+    seconds: float
+
+    @property
+    def key(self) -> Key:
+        return key(self.process, self.row)
+
+    def total(self, name: str) -> int | None:
+        """The counter since its beginning; None if the file has no such field."""
+        return self.row.values.get(name)
+
+    def rate(self, name: str) -> float | None:
+        """Its growth a second; None if unknown."""
+        if self.growth is None or name not in self.growth or self.seconds <= 0:
+            return None
+        return self.growth[name] / self.seconds
+
+    def bits(self) -> float | None:
+        """Bits of frames a second."""
+        rate = self.rate("bytes")
+        return None if rate is None else 8 * rate
+
+    def ratio(self, name: str, to: str) -> float | None:
+        """How much of `name` came on one of `to`: lately, or if nothing came lately, since the beginning."""
+        for counters in (self.growth, self.row.values):
+            if counters and counters.get(to) and name in counters:
+                return counters[name] / counters[to]
+        return None
+
+    def syscalls_per_packet(self) -> float | None:
+        return self.ratio("syscalls", "packets")
+
+    def batch(self) -> float | None:
+        """Packets that were done in one go, on average."""
+        return self.ratio("packets", "bursts")
+
+    def suppressed(self) -> float | None:
+        """The part of the calls that the driver did not want, 0 to 1; None if there was none of either."""
+        for counters in (self.growth, self.row.values):
+            if counters and "calls" in counters and "calls_suppressed" in counters:
+                chances = counters["calls"] + counters["calls_suppressed"]
+                if chances:
+                    return counters["calls_suppressed"] / chances
+        return None
+
+
+def key(process: Process, row: Row) -> Key:
+    return f"{process.path}@{process.started}", row.generation, tuple(sorted(row.labels.items()))
+
+
+def _order(row: Row) -> tuple[str, int, str]:
+    """By device, then rx0, tx0, rx1, ..., rx10."""
+    queue = row.label("queue")
+    name = queue.rstrip("0123456789")
+    number = queue[len(name) :]
+    return row.label("device"), int(number[:9]) if number.isascii() and number else -1, name
+
+
+def queues(snapshot: Snapshot, previous: Snapshot | None = None, dt: float | None = None) -> Iterator[Queue]:
+    """Every queue of `snapshot`, device by device. `dt`: seconds between the two, by default as they say."""
+    before: dict[Key, Row] = {}
+    seconds = 0.0
+    if previous is not None:
+        before = {key(process, row): row for process in previous.processes for row in process.rows}
+        seconds = snapshot.monotonic - previous.monotonic if dt is None else dt
+    for process in snapshot.processes:
+        for row in sorted(process.rows, key=_order):
+            old = before.get(key(process, row))
+            growth = None
+            if old is not None:
+                growth = {name: max(0, value - old.get(name)) for name, value in row.values.items()}
+            yield Queue(process, row, growth, seconds)

@@ -1,0 +1,204 @@
+"""The live table: a line a queue, its traffic drawn beside its numbers.
+
+Promises: fits the width it is given, by leaving out what matters less; says which files were not believed.
+Never: obeys markup or control characters in a label; does input or output.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from pyvhost.observe.rates import Key, Queue, queues
+from pyvhost.observe.reader import Snapshot
+
+#: Moments that a queue's drawing goes back.
+MOMENTS: Final = 30
+_FEWEST_MOMENTS = 8
+_BARS = "▁▂▃▄▅▆▇█"
+_NONE = "–"
+#: Cells between two columns.
+_BETWEEN = 2
+
+
+class History:
+    """What each queue's packets a second were lately; a queue that is gone is forgotten."""
+
+    def __init__(self) -> None:
+        self._moments: dict[Key, deque[float]] = {}
+
+    def add(self, now: Iterable[Queue]) -> None:
+        """Takes note of one more moment."""
+        kept: dict[Key, deque[float]] = {}
+        for queue in now:
+            moments = self._moments.get(queue.key) or deque(maxlen=MOMENTS)
+            rate = queue.rate("packets")
+            if rate is not None:
+                moments.append(rate)
+            kept[queue.key] = moments
+        self._moments = kept
+
+    def of(self, queue: Queue) -> Sequence[float]:
+        """Oldest first."""
+        return tuple(self._moments.get(queue.key, ()))
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last `width` values as bars of eight heights, the highest one full; nothing is a gap."""
+    shown = values[-width:]
+    highest = max(shown, default=0.0)
+    bars = "".join(_BARS[min(7, int(8 * value / highest))] if value > 0 else " " for value in shown)
+    return bars.rjust(width)
+
+
+def scaled(value: float | None) -> str:
+    """Three digits and a prefix: 950, 1.20 k, 12.3 M."""
+    if value is None:
+        return _NONE
+    if 0 < value < 9.95:
+        return f"{value:.1f}"
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    if not prefix:
+        return f"{value:.0f}"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {prefix}"
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else f"{100 * value:.0f} %"
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[Queue], str]
+    #: The higher, the later it is left out.
+    matters: int
+    style: str = ""
+    left: bool = False
+
+
+_DRAWING: Final = "lately"
+
+_COLUMNS: Final = (
+    _Column("device", lambda q: q.row.label("device") or str(q.process.pid), 100, "bold", left=True),
+    _Column("backend", lambda q: q.row.label("backend"), 2, left=True),
+    _Column("queue", lambda q: q.row.label("queue"), 100, left=True),
+    _Column("packets/s", lambda q: scaled(q.rate("packets")), 100, "green"),
+    _Column(_DRAWING, lambda q: "", 11, "cyan", left=True),
+    _Column("bits/s", lambda q: scaled(q.bits()), 90, "green"),
+    _Column("packets", lambda q: scaled(q.total("packets")), 1),
+    _Column("bytes", lambda q: scaled(q.total("bytes")), 7),
+    _Column("drops", lambda q: scaled(q.total("drops")), 10),
+    _Column("kicks/s", lambda q: scaled(q.rate("kicks")), 6),
+    _Column("calls/s", lambda q: scaled(q.rate("calls")), 5),
+    _Column("suppressed", lambda q: _percent(q.suppressed()), 3),
+    _Column("syscalls\n/packet", lambda q: _ratio(q.syscalls_per_packet()), 8),
+    _Column("batch", lambda q: _ratio(q.batch()), 4),
+)
+
+
+def render(
+    snapshot: Snapshot,
+    previous: Snapshot | None = None,
+    dt: float | None = None,
+    *,
+    history: History | None = None,
+    width: int = 160,
+) -> Table:
+    """The table of `snapshot`; rates are since `previous`, `dt` seconds before (by default, as they say).
+
+    `history`: told of this moment, and drawn. `width`: in terminal cells.
+    """
+    now = list(queues(snapshot, previous, dt))
+    if history is not None:
+        history.add(now)
+    columns, drawing = _fitting(now, width, history)
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption_justify="left"
+    )
+    for column in columns:
+        table.add_column(
+            column.title, justify="left" if column.left else "right", style=column.style, no_wrap=True
+        )
+    device = None
+    for queue in now:
+        cells = [Text(column.cell(queue)) for column in columns]
+        if drawing and history is not None:
+            at = next(i for i, column in enumerate(columns) if column.title == _DRAWING)
+            cells[at] = Text(sparkline(history.of(queue), drawing))
+        if queue.total("drops"):
+            for cell, column in zip(cells, columns, strict=True):
+                if column.title == "drops":
+                    cell.stylize("yellow")
+        whose = (queue.process.pid, queue.row.label("device"))
+        if whose == device:
+            for cell, column in zip(cells, columns, strict=True):
+                if column.title in ("device", "backend"):
+                    cell.plain = ""
+        device = whose
+        table.add_row(*cells)
+    table.caption = _caption(snapshot, now)
+    return table
+
+
+def _fitting(now: Sequence[Queue], width: int, history: History | None) -> tuple[list[_Column], int]:
+    """The columns that fit, and how wide the drawing may be (0: there is none)."""
+    needs = {
+        column.title: max(
+            cell_len(text) for text in (*column.title.splitlines(), *(column.cell(queue) for queue in now))
+        )
+        for column in _COLUMNS
+    }
+    needs[_DRAWING] = _FEWEST_MOMENTS
+    columns = [column for column in _COLUMNS if column.title != _DRAWING or history is not None]
+
+    def total() -> int:
+        return sum(needs[column.title] + _BETWEEN for column in columns)
+
+    while total() > width and min(column.matters for column in columns) < 100:
+        columns.remove(min(columns, key=lambda column: column.matters))
+    if not any(column.title == _DRAWING for column in columns):
+        return columns, 0
+    return columns, min(MOMENTS, _FEWEST_MOMENTS + max(0, width - total()))
+
+
+def _caption(snapshot: Snapshot, now: Sequence[Queue]) -> Text:
+    caption = Text()
+    if not now:
+        caption.append("nothing is served at the moment\n" if not snapshot.processes else "no queue runs\n")
+    else:
+        devices = {(queue.process.pid, queue.row.label("device")) for queue in now}
+        packets = [rate for queue in now if (rate := queue.rate("packets")) is not None]
+        bits = [rate for queue in now if (rate := queue.bits()) is not None]
+        caption.append(f"{_count(snapshot.processes, 'process', 'processes')}, {_count(devices, 'device')}")
+        if packets:
+            caption.append(f": {scaled(sum(packets))} packets/s, {scaled(sum(bits))}bit/s")
+        caption.append("\n")
+    for problem in snapshot.problems:
+        caption.append(problem + "\n", style="red")
+    caption.rstrip()
+    return caption
+
+
+def _count(things: Iterable[object], one: str, many: str = "") -> str:
+    number = len(list(things))
+    return f"{number} {one if number == 1 else many or one + 's'}"

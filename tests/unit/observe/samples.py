@@ -1,0 +1,25 @@
+"""Snapshots to look at, as a reader would have made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyvhost.observe.reader import Process, Row, Snapshot
+
+FIELDS = (
+    "packets", "bytes", "drops", "errors", "kicks", "calls", "calls_suppressed", "syscalls", "bursts",
+)  # fmt: skip
+
+
+def row(device: str, queue: str, backend: str = "tap:vm0", generation: int = 1, **values: int) -> Row:
+    """A queue's row; counters that are not named are 0."""
+    labels = {"device": device, "kind": "net", "queue": queue, "backend": backend}
+    return Row(labels, generation, {name: values.get(name, 0) for name in FIELDS})
+
+
+def process(*rows: Row, pid: int = 100, started: float = 1000.0) -> Process:
+    return Process(pid, started, Path(f"/run/pyvhost/{pid}.counters"), FIELDS, rows)
+
+
+def snapshot(at: float, *processes: Process, problems: tuple[str, ...] = ()) -> Snapshot:
+    return Snapshot(at, 1_700_000_000.0 + at, processes, problems)

@@ -1,0 +1,88 @@
+"""Rates and ratios between two snapshots."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvhost.observe.rates import queues
+from unit.observe.samples import process, row, snapshot
+
+
+def test_growth_a_second() -> None:
+    before = snapshot(10, process(row("vm0", "rx0", packets=100, bytes=6400)))
+    now = snapshot(12, process(row("vm0", "rx0", packets=300, bytes=19200)))
+    (queue,) = queues(now, before)
+    assert queue.rate("packets") == 100
+    assert queue.bits() == 8 * 6400
+    assert queue.total("packets") == 300
+    (queue,) = queues(now, before, dt=4)
+    assert queue.rate("packets") == 50
+
+
+def test_nothing_before_is_no_rate() -> None:
+    now = snapshot(12, process(row("vm0", "rx0", packets=300)))
+    (queue,) = queues(now)
+    assert queue.rate("packets") is None
+    assert queue.bits() is None
+    assert queue.total("packets") == 300
+    assert queue.total("no such") is None
+
+
+def test_two_looks_at_once_are_no_rate() -> None:
+    now = snapshot(12, process(row("vm0", "rx0", packets=300)))
+    (queue,) = queues(now, now)
+    assert queue.rate("packets") is None
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        process(row("vm0", "rx0", generation=3, packets=1)),
+        process(row("vm1", "rx0", packets=1)),
+        process(row("vm0", "rx0", packets=1), pid=99),
+        process(row("vm0", "rx0", packets=1), started=999.0),
+    ],
+    ids=["another use of the row", "another device", "another process", "the same pid again"],
+)
+def test_another_queue_is_not_taken_for_it(old: object) -> None:
+    now = snapshot(12, process(row("vm0", "rx0", packets=300)))
+    (queue,) = queues(now, snapshot(10, old))  # type: ignore[arg-type]
+    assert queue.growth is None
+
+
+def test_a_counter_that_goes_backwards_stands_still() -> None:
+    before = snapshot(10, process(row("vm0", "rx0", packets=100)))
+    (queue,) = queues(snapshot(11, process(row("vm0", "rx0", packets=90))), before)
+    assert queue.rate("packets") == 0
+
+
+def test_ratios_are_of_lately() -> None:
+    before = snapshot(10, process(row("vm0", "rx0", packets=1000, syscalls=1000, bursts=1000, calls=9)))
+    then = row("vm0", "rx0", packets=1100, syscalls=1010, bursts=1025, calls=10, calls_suppressed=3)
+    (queue,) = queues(snapshot(11, process(then)), before)
+    assert queue.syscalls_per_packet() == 0.1
+    assert queue.batch() == 4
+    assert queue.suppressed() == 0.75
+
+
+def test_ratios_of_a_queue_that_rests_are_of_all_its_life() -> None:
+    before = snapshot(10, process(row("vm0", "rx0", packets=1000, syscalls=500, bursts=100, calls=1)))
+    (queue,) = queues(snapshot(11, process(before.processes[0].rows[0])), before)
+    assert queue.syscalls_per_packet() == 0.5
+    assert queue.batch() == 10
+    assert queue.suppressed() == 0
+
+
+def test_ratios_of_nothing() -> None:
+    (queue,) = queues(snapshot(10, process(row("vm0", "rx0"))))
+    assert queue.syscalls_per_packet() is None
+    assert queue.batch() is None
+    assert queue.suppressed() is None
+
+
+def test_order_is_by_device_and_number() -> None:
+    names = ["tx1", "rx10", "rx2", "ctrl", "rx0", "tx0", "rx1", "x²"]
+    rows = [row(device, name) for name in names for device in ("vm1", "vm0")]
+    ordered = [(q.row.label("device"), q.row.label("queue")) for q in queues(snapshot(1, process(*rows)))]
+    queue_order = ["ctrl", "x²", "rx0", "tx0", "rx1", "tx1", "rx2", "rx10"]
+    assert ordered == [(device, name) for device in ("vm0", "vm1") for name in queue_order]
