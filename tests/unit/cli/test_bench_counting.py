@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pyvhost.cli.bench import counting, profile, usage
-from pyvhost.cli.bench.syscalls import frame_from_host, net_arguments, stream_block
+from pyvhost.cli.bench.backend import net_arguments
+from pyvhost.cli.bench.syscalls import frame_from_host, stream_block
 from requirements import need_program, need_root
 
 PERF = """# started on Thu Jan  1 00:00:00 1970

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+#: How long an idle queue is polled where the benchmark's front end never sleeps, in microseconds.
+BUSYLOOP_US = 1000
+
 
 class BackEndError(RuntimeError):
     """The back end did not come up; the message carries what it printed."""
@@ -104,3 +107,16 @@ class BackEnd:
 
     def _end(self) -> str:
         return repr(self._output[-800:].decode(errors="replace"))
+
+
+def net_arguments(sockets: Sequence[Path], spec: str, *, busyloop: bool = False) -> list[str]:
+    """`pyvhost net` that serves one device a socket, all on backends of one kind.
+
+    `busyloop`: idle queues are polled, as DPDK's back end polls for ever.
+    """
+    arguments = ["net", "--backend", spec]
+    if busyloop:
+        arguments += ["--busyloop-timeout", str(BUSYLOOP_US)]
+    for path in sockets:
+        arguments += ["--socket-path", str(path)]
+    return arguments

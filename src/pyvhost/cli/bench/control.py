@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyvhost.cli.bench.backend import BackEnd
+from pyvhost.cli.bench.backend import BackEnd, net_arguments
 from pyvhost.cli.bench.results import ControlResult
 from pyvhost.cli.bench.stats import percentile, spread
-from pyvhost.cli.bench.syscalls import net_arguments
 from pyvhost.cli.bench.testpmd import Cores, Testpmd, front_end_arguments
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net import NetDriver
@@ -64,7 +63,7 @@ def measure(
         back = stack.enter_context(
             BackEnd(
                 "control back",
-                net_arguments([flooded, asked], "null"),
+                net_arguments([flooded, asked], "null", busyloop=True),
                 transcript=transcripts / "control-back.log",
             )
         )

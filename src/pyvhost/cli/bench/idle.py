@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvhost.cli.bench import usage
-from pyvhost.cli.bench.backend import BackEnd
+from pyvhost.cli.bench.backend import BackEnd, net_arguments
 from pyvhost.cli.bench.results import IdleResult
-from pyvhost.cli.bench.syscalls import net_arguments
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net import NetDriver
 from pyvhost.driver.vhost_user import VhostUserFrontend

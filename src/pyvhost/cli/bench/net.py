@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyvhost.cli.bench import profile, usage
-from pyvhost.cli.bench.backend import BackEnd
+from pyvhost.cli.bench.backend import BackEnd, net_arguments
 from pyvhost.cli.bench.machine import CacheLine
 from pyvhost.cli.bench.stats import Spread, order_of_pair, pairwise_ratios, spread
 from pyvhost.cli.bench.testpmd import (
@@ -299,7 +299,7 @@ class Bench:
     def _pyvhost(self, name: str, socket: Path, case: Case, size: int) -> BackEnd:
         return BackEnd(
             name,
-            ["net", "--socket-path", str(socket), "--backend", case.backend_for(size)],
+            net_arguments([socket], case.backend_for(size), busyloop=True),
             core=self._cores.back_end,
             transcript=self._transcripts / f"{name.replace(' ', '-')}.log",
         )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvhost.cli.bench import counting
-from pyvhost.cli.bench.backend import BackEnd
+from pyvhost.cli.bench.backend import BackEnd, net_arguments
 from pyvhost.cli.bench.net import LOOP_BURSTS
 from pyvhost.cli.bench.results import SyscallResult
 from pyvhost.cli.bench.testpmd import Cores, Testpmd, front_end_arguments
@@ -210,7 +210,11 @@ class SyscallBench:
             back = stack.enter_context(
                 BackEnd(
                     f"{name} back",
-                    net_arguments(sockets, subject.spec.format(socket=stream)),
+                    net_arguments(
+                        sockets,
+                        subject.spec.format(socket=stream),
+                        busyloop=subject.front_mode != _AT_EASE,
+                    ),
                     core=self._cores.back_end,
                     wrap=["unshare", "--net", "sh", "-c", _NAMESPACE, "sh"] if subject.namespace else (),
                     transcript=self._transcripts / f"{name}-back.log",
@@ -298,14 +302,6 @@ class SyscallBench:
             front_end_arguments(path, name, mode, self._cores, self._huge),
             self._transcripts / f"{name}.log",
         )
-
-
-def net_arguments(sockets: Sequence[Path], spec: str) -> list[str]:
-    """`pyvhost net` that serves one device a socket, all on backends of one kind."""
-    arguments = ["net", "--backend", spec]
-    for path in sockets:
-        arguments += ["--socket-path", str(path)]
-    return arguments
 
 
 def _sender(connection: socket.socket, block: bytes) -> Callable[[], None]:
