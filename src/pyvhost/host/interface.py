@@ -27,6 +27,7 @@ SIOCSIFMTU = 0x8922
 SIOCSIFHWADDR = 0x8924
 SIOCGIFHWADDR = 0x8927
 SIOCETHTOOL = 0x8946
+SIOCBRADDIF = 0x89A2
 
 _ARPHRD_ETHER = 1
 _ETHTOOL_GDRVINFO = 3
@@ -43,6 +44,12 @@ def check_name(name: str) -> bytes:
             f"{name!r} is no name for an interface: 1 to {IFNAMSIZ - 1} bytes, no '/', ':' or space"
         )
     return raw
+
+
+def valid_name(name: str) -> str:
+    """The name itself. ValueError: as `check_name`."""
+    check_name(name)
+    return name
 
 
 def exists(name: str) -> bool:
@@ -106,6 +113,19 @@ def set_up(name: str, up: bool = True) -> None:
     wanted = now | IFF_UP if up else now & ~IFF_UP
     if wanted != now:
         _ask(name, SIOCSIFFLAGS, struct.pack("H", wanted), "it up" if up else "it down")
+
+
+def add_to_bridge(name: str, bridge: str) -> None:
+    """`ip link set NAME master BRIDGE`. OSError: EBUSY it is in another; EOPNOTSUPP, no bridge; EPERM."""
+    _ask(bridge, SIOCBRADDIF, struct.pack("i", index(name)), f"{name!r} as a port of it")
+
+
+def bridge_of(name: str) -> str | None:
+    """The bridge it is a port of. None: of none, or /sys is another network namespace's."""
+    try:
+        return os.path.basename(os.readlink(f"/sys/class/net/{name}/brport/bridge"))
+    except OSError:
+        return None
 
 
 def driver(name: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Packet sockets: an interface of the host, frame by frame, without the host's own protocols (packet(7)).
 
 Promises: what is returned is bound, non-blocking, closed on exec, hears every address (promiscuous) and never
-what left through itself or the host; several sockets of one call share the traffic, a flow staying with one.
+what leaves through the interface; of several sockets of one call the first gets all, until `spread` says more.
 Never: reads or writes a frame.
 
 The kernel takes a VLAN tag out of a received frame and tells of it elsewhere: where guests use VLANs on the
@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 
-from pyvhost.host import interface
+from pyvhost.host import fanout, interface
 from pyvhost.host.fds import close_all
 
 # linux/if_packet.h
@@ -24,11 +24,11 @@ PACKET_STATISTICS = 6
 PACKET_VNET_HDR = 15
 PACKET_FANOUT = 18
 PACKET_QDISC_BYPASS = 20
+PACKET_FANOUT_DATA = 22
 PACKET_IGNORE_OUTGOING = 23
 PACKET_VNET_HDR_SZ = 24
 
-PACKET_FANOUT_HASH = 0
-PACKET_FANOUT_FLAG_ROLLOVER = 0x1000
+PACKET_FANOUT_CBPF = 6
 PACKET_FANOUT_FLAG_UNIQUEID = 0x2000
 PACKET_MR_PROMISC = 1
 
@@ -89,6 +89,17 @@ def set_vnet_hdr_size(fd: int, size: int) -> int:
         sock.detach()
 
 
+def spread(fd: int, sockets: int) -> None:
+    """Spread what comes in over the first `sockets` of those that were opened together, a flow staying with one."""
+    program, keep = fanout.fprog(fanout.flow_program(sockets))
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, program)
+    finally:
+        sock.detach()
+        del keep
+
+
 def statistics(fd: int) -> tuple[int, int]:
     """Frames that came for this socket, and how many of them found no room, since it was last asked."""
     sock = socket.socket(fileno=fd)
@@ -131,10 +142,10 @@ def _open(name: str, number: int, qdisc_bypass: bool) -> socket.socket:
 def _join(sock: socket.socket, group: int) -> int:
     """Have the socket share its interface's frames with those of `group` (-1: a new one); the group's number."""
     if group >= 0:
-        sock.setsockopt(SOL_PACKET, PACKET_FANOUT, group | PACKET_FANOUT_HASH << 16)
+        sock.setsockopt(SOL_PACKET, PACKET_FANOUT, group | PACKET_FANOUT_CBPF << 16)
         return group
     try:
-        sock.setsockopt(SOL_PACKET, PACKET_FANOUT, (PACKET_FANOUT_HASH | PACKET_FANOUT_FLAG_UNIQUEID) << 16)
+        sock.setsockopt(SOL_PACKET, PACKET_FANOUT, (PACKET_FANOUT_CBPF | PACKET_FANOUT_FLAG_UNIQUEID) << 16)
     except OSError as error:
         raise OSError(error.errno or 0, f"sharing the interface's frames: {error.strerror}") from None
     return sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
