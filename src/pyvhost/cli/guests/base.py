@@ -13,6 +13,7 @@ import re
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,8 +91,8 @@ class Guest(ABC):
         `folder` is the guest's own until it is stopped; `shell` is the program's end of the shell.
         """
 
-    def _started(self) -> None:  # noqa: B027
-        """Called when the process runs and its inherited sockets are closed here."""
+    def _launched(self) -> None:  # noqa: B027
+        """Called when the process runs, before its boot is waited for."""
 
     def _released(self) -> None:  # noqa: B027
         """Called once the process is gone."""
@@ -99,7 +100,12 @@ class Guest(ABC):
     # Life.
 
     def start(self, timeout: float = 60.0) -> Self:
-        """Boot it, wait until it takes commands. GuestError: it died; GuestTimeoutError: not after `timeout` s."""
+        """Launch it, and wait until it takes commands. Errors as from `wait_booted`."""
+        self.launch()
+        return self.wait_booted(timeout)
+
+    def launch(self) -> Self:
+        """Start its process, which ends with the calling thread. GuestError: something that it needs is absent."""
         if self._process is not None:
             raise GuestError(f"{self.name} has been started already")
         self._folder = TemporaryDirectory(prefix="pyvhost-guest-")
@@ -109,7 +115,7 @@ class Guest(ABC):
             argv, environment, more = self._command(Path(self._folder.name), theirs)
             given += more
             self._process = subprocess.Popen(
-                argv,
+                [*dying_with_parent(), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -127,8 +133,12 @@ class Guest(ABC):
                 sock.close()
         self._reader = threading.Thread(target=self._read, name=f"{self.name} console", daemon=True)
         self._reader.start()
+        return self
+
+    def wait_booted(self, timeout: float = 60.0) -> Self:
+        """Wait until it takes commands. GuestError: it died; GuestTimeoutError: not after `timeout` seconds."""
         try:
-            self._started()
+            self._launched()
             self._wait_for(lambda: bool(self._boots), "to boot", timeout)
         except BaseException:
             self.stop()
@@ -219,7 +229,9 @@ class Guest(ABC):
             self._folder = None
 
     def __enter__(self) -> Self:
-        return self if self._process is not None else self.start()
+        if self._process is None:
+            self.launch()
+        return self if self._boots else self.wait_booted()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -395,3 +407,9 @@ class _Lines:
 
 def _quote(word: str) -> str:
     return "'" + word.replace("'", "'\\''") + "'"
+
+
+def dying_with_parent() -> list[str]:
+    """The words before a command that is to get SIGTERM when the thread that started it ends, if this host can."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []

@@ -164,8 +164,10 @@ class QemuGuest(Guest):
             argv += ["-device", _device(number, nic, self.accelerator)]
         return argv, {}, [monitor]
 
-    def _started(self) -> None:
+    def _launched(self) -> None:
         assert self._monitor is not None
+        if self._qmp is not None:
+            return
         try:
             self._qmp = Qmp(self._monitor)
         except QmpError as problem:
