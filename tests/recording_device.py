@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvhost.host.fds import close_all
+from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.errors import VhostError
 
@@ -41,6 +42,7 @@ class RecordingDevice:
         self.features = features
         self.config_changed: Callable[[], None] | None = None
         self.lost_memory = False
+        self.poller: Poller | None = None
         self.config = bytes(range(64))
         self.calls: list[tuple[Any, ...]] = []
         self.refusals: dict[str, OSError] = {}
@@ -61,6 +63,10 @@ class RecordingDevice:
     def called(self, name: str) -> list[tuple[Any, ...]]:
         """The arguments of every call of a method."""
         return [call[1:] for call in self.calls if call[0] == name]
+
+    def attach(self, poller: Poller, /) -> None:
+        assert self.poller is None
+        self.poller = poller
 
     def set_owner(self) -> None:
         self._record("set_owner")

@@ -108,8 +108,9 @@ class Connection:
             self._channel.close()
         try:
             self.session.close()
-        finally:
-            self._on_end(self)
+        except Exception:
+            _log.exception("%s: %s could not be reset", self.label, self._device.name)
+        self._on_end(self)
 
     def _on_event(self, mask: int) -> None:
         self.serve()

@@ -27,6 +27,8 @@ from pyvhost.vhost_user.device import Device
 #: What may be served of the present front end before a new one is judged: enough for it to have left.
 LAST_WORDS = 4096
 BACKLOG = 16
+#: The longest name a Unix socket can have, in bytes (unix(7)).
+NAME_MAX = 107
 #: How long a descriptor shortage keeps a listening socket quiet, in seconds.
 SHORTAGE_PAUSE = 1.0
 #: The first and the longest pause between two attempts to reach a front end, in seconds.
@@ -56,7 +58,11 @@ class Server:
         self._places.append(_Listener(self, sock, self._seat(device), name, (own.st_dev, own.st_ino)))
 
     def connect(self, path: str | os.PathLike[str], device: Device) -> None:
-        """Serve `device` to the front end that listens at `path`; dial again whenever it is not there."""
+        """Serve `device` to the front end that listens at `path`; dial again whenever it is not there.
+
+        OSError ENAMETOOLONG: no socket can have that name.
+        """
+        _check_name(os.fspath(path))
         self._places.append(_Dialer(self, os.fspath(path), self._seat(device)))
 
     def serve_fd(self, fd: int, device: Device) -> None:
@@ -109,7 +115,10 @@ class Server:
         self.close()
 
     def _seat(self, device: Device) -> _Seat:
-        return self._seats.setdefault(id(device), _Seat(self.poller, device))
+        if id(device) not in self._seats:
+            device.attach(self.poller)
+            self._seats[id(device)] = _Seat(self.poller, device)
+        return self._seats[id(device)]
 
     def _leave(self, place: _Guest) -> None:
         if place in self._places:
@@ -144,7 +153,12 @@ class _Seat:
             self.taken_by = None
             left(connection)
 
-        self.taken_by = Connection(self._poller, sock, self.device, where=where, on_end=ended)
+        try:
+            self.taken_by = Connection(self._poller, sock, self.device, where=where, on_end=ended)
+        except OSError as error:
+            _log.error("%s: %s can't be served: %s", where, peer_of(sock), error.strerror)
+            sock.close()
+            return False
         return True
 
 
@@ -269,18 +283,23 @@ class _Signals:
         self._stop()
 
 
+def _check_name(path: str) -> None:
+    length = len(os.fsencode(path))
+    if length > NAME_MAX:
+        raise OSError(
+            errno.ENAMETOOLONG,
+            f"{path}: a Unix socket's name has {NAME_MAX} bytes at most, this one {length}",
+        )
+
+
 def _bind(path: str) -> socket.socket:
     """A listening socket at `path`, in the place of one that nobody listens on any more."""
+    _check_name(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
             sock.bind(path)
         except OSError as error:
-            if error.errno is None:
-                limit = "a Unix socket's name has 107 bytes at most"
-                raise OSError(
-                    errno.ENAMETOOLONG, f"{path}: {limit}, this one {len(os.fsencode(path))}"
-                ) from None
             if error.errno != errno.EADDRINUSE:
                 raise OSError(error.errno, f"{path}: {error.strerror}") from None
             _clear(path)
