@@ -36,7 +36,10 @@ class Qmp:
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command; what it returns. Underscores in arguments' names stand for dashes."""
         plain = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._sock.sendall(json.dumps({"execute": command, "arguments": plain}).encode() + b"\n")
+        try:
+            self._sock.sendall(json.dumps({"execute": command, "arguments": plain}).encode() + b"\n")
+        except OSError as problem:
+            raise QmpError(f"{command}: QEMU went away: {problem}") from problem
         deadline = time.monotonic() + self._timeout
         while True:
             message = self._next(deadline)
