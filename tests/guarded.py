@@ -11,6 +11,7 @@ import mmap
 
 _PAGE = mmap.PAGESIZE
 _CANARY = 0xA5
+_NORESERVE = 0x4000  # MAP_NORESERVE: gigabytes that nobody touches cost nothing
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -26,7 +27,7 @@ class Guarded:
         self.size = size
         body = -(-max(size, 1) // _PAGE) * _PAGE
         self._slack = body - size
-        self._map = mmap.mmap(-1, body + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map = mmap.mmap(-1, body + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = start + _PAGE + self._slack
         _forbid(start)

@@ -10,7 +10,7 @@ import importlib
 import types
 from typing import Any
 
-from pyvhost.dataplane import _access_plain
+from pyvhost.dataplane import plain
 
 _made: dict[str, types.SimpleNamespace] = {}
 
@@ -25,8 +25,8 @@ def plain_twin(module: types.ModuleType, **replaced: Any) -> Any:
         function = getattr(value, "py_func", None)
         if name in replaced:
             names[name] = replaced[name]
-        elif hasattr(_access_plain, name) and (function is not None or _is_intrinsic(value)):
-            names[name] = getattr(_access_plain, name)
+        elif hasattr(plain, name) and (function is not None or _is_intrinsic(value)):
+            names[name] = getattr(plain, name)
         elif function is not None and function.__module__ == module.__name__:
             names[name] = types.FunctionType(
                 function.__code__, names, function.__name__, function.__defaults__, function.__closure__

@@ -12,7 +12,7 @@ Never: checks an address. The caller has.
 from pyvhost.dataplane.policy import PLAIN
 
 if PLAIN:
-    from pyvhost.dataplane._access_plain import (
+    from pyvhost.dataplane.plain import (
         below,
         clock_ns,
         copy,
@@ -43,7 +43,7 @@ if PLAIN:
         sys_writev,
     )
 else:
-    from pyvhost.dataplane._access_compiled import (
+    from pyvhost.dataplane.compiled import (
         below,
         clock_ns,
         copy,

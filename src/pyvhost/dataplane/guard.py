@@ -33,8 +33,8 @@ from numba.extending import intrinsic
 
 # The compiled half by name: a signal handler is machine code under NUMBA_DISABLE_JIT=1 as well, because a
 # Python one could run inside malloc. `numba.cfunc` compiles there too.
-from pyvhost.dataplane._access_compiled import load32, load64, load64_acquire, store32, store64_release
-from pyvhost.dataplane._access_plain import fence
+from pyvhost.dataplane.compiled import load32, load64, load64_acquire, store32, store64_release
+from pyvhost.dataplane.plain import fence
 from pyvhost.dataplane.policy import CACHE
 
 #: How many mappings can be guarded at once.

@@ -72,13 +72,21 @@ def offer(ring: Record, port: Record, batch: int, at: int, have: int, length: in
 
 
 @inline
+def _takes(out: Record, gso: int) -> bool:
+    """Whether the receiver negotiated super-frames of this gso_type; `guest_gso` has a bit for each."""
+    if gso & HDR_GSO_ECN and out["guest_gso"] & HDR_GSO_ECN == 0:
+        return False
+    return (out["guest_gso"] >> (gso & ~HDR_GSO_ECN)) & 1 != 0
+
+
+@inline
 def _must_be_plain(out: Record, flags_word: int) -> bool:
     """Whether a frame has an offload that the receiver did not negotiate (virtio 1.2, 5.1.6.4.1)."""
     if flags_word & 0xFFFF == 0:
         return False
     if flags_word & HDR_F_NEEDS_CSUM and not out["guest_csum"]:
         return True
-    return ((flags_word >> 8) & 0xFF) & ~out["guest_gso"] != 0
+    return not _takes(out, (flags_word >> 8) & 0xFF)
 
 
 @kernel
@@ -123,7 +131,7 @@ def _deliver_plain(
     gather(iov, skip, frame, length)
     gso = (flags_word >> 8) & 0xFF
     csum_start = (flags_word >> 48) & 0xFFFF
-    if gso & ~HDR_GSO_ECN == 0 or (gso & ~out["guest_gso"] == 0 and out["guest_csum"]):
+    if gso & ~HDR_GSO_ECN == 0:
         if finish_checksum(frame, length, csum_start, csum_offset) < 0:
             return TOO_LARGE
         store64(piece, frame)

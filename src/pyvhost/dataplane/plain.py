@@ -1,4 +1,4 @@
-"""The plain half of `access`: the same functions by ctypes, for ``NUMBA_DISABLE_JIT=1``.
+"""The plain half of `access`: the same functions by ctypes, for ``NUMBA_DISABLE_JIT=1`` and for Python itself.
 
 Promises: the same results as the compiled half. An aligned ctypes access of 16, 32 or 64 bits is one move,
 and every call between two of them keeps the compiler from joining or moving them; `fence` takes and frees a

@@ -1,0 +1,35 @@
+"""`serve`: one call from devices and paths to guests that use them.
+
+Promises: returns when it is told to stop (SIGTERM, SIGINT), with the devices closed. Never: forks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from pyvhost.vhost.device import Device
+from pyvhost.vhost_user.server import Server
+
+Path = str | os.PathLike[str]
+
+
+def serve(device: Device | Mapping[Path, Device], path: Path | None = None, *, connect: bool = False) -> None:
+    """Serves over vhost-user until the process is asked to end.
+
+    Either one device at the Unix socket `path`, or several: a mapping from paths to devices. `connect`: dial
+    front ends that listen there, instead of listening. OSError: a backend or a socket that can't be had.
+    """
+    if isinstance(device, Mapping):
+        places = dict(device)
+    elif path is not None:
+        places = {path: device}
+    else:
+        raise TypeError("serve(device, path), or serve({path: device, ...})")
+    with ExitStack() as closing, Server() as server:
+        for where, what in places.items():
+            what.attach(server.poller)
+            closing.callback(what.close)
+            (server.connect if connect else server.listen)(where, what)
+        server.run()

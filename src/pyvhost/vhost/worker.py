@@ -1,0 +1,323 @@
+"""Workers: threads that sit in a compiled loop, and how control gets them out of it and in again.
+
+The loop's entry and exit play the part of the seed's rcu_read_lock and flush_work: what a loop reads is only
+changed inside `paused`, and when `paused` has begun, no loop holds what was there before.
+
+Promises: entering `paused` takes as long as a batch; nested and repeated uses are fine; a worker has a thread
+once it has a port. Never: runs Python while a ring waits, but to tell of a fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pyvhost.dataplane import blocks
+from pyvhost.vhost import faults
+
+if TYPE_CHECKING:
+    from pyvhost.vhost.device import Vring
+
+_log = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ADD: Final = 1
+_DEL: Final = 2
+_EPOLLET: Final = 1 << 31
+_FOR_EVER: Final = 1 << 62
+
+Int64s = npt.NDArray[np.int64]
+#: A compiled loop: worker, rings and ports in, a reason out.
+Loop = Callable[[Any, Any, Any], int]
+
+
+class _EpollEvent(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("events", ctypes.c_uint32), ("index", ctypes.c_uint32), ("kind", ctypes.c_uint32))
+
+
+class Slots:
+    """Indices of an array, given out and taken back, lowest first."""
+
+    def __init__(self, capacity: int, what: str) -> None:
+        self._capacity = capacity
+        self._what = what
+        self._free: list[int] = []
+        self._next = 0
+
+    def take(self) -> int:
+        if self._free:
+            self._free.sort(reverse=True)
+            return self._free.pop()
+        if self._next == self._capacity:
+            raise RuntimeError(f"a worker has room for {self._capacity} {self._what}")
+        self._next += 1
+        return self._next - 1
+
+    def give_back(self, index: int) -> None:
+        self._free.append(index)
+
+
+class Worker:
+    """One thread, one loop, and the arrays that the loop reads."""
+
+    def __init__(self, loop: Loop, name: str, row: Int64s) -> None:
+        self.name = name
+        self._loop = loop
+        self._row = row
+        self.rings: Any = np.zeros(blocks.MAX_RINGS, blocks.RING)
+        self.ports: Any = np.zeros(blocks.MAX_PORTS, blocks.PORT)
+        self._records: Any = np.zeros(1, blocks.WORKER)
+        self._memory = {
+            "control": np.zeros(8, np.int64),
+            "tx_batch": np.zeros(blocks.BATCH_BYTES // 8, np.int64),
+            "rx_batch": np.zeros(blocks.BATCH_BYTES // 8, np.int64),
+            "scratch": np.zeros(-(-blocks.SCRATCH_BYTES // 8), np.int64),
+            "events": np.zeros(blocks.EVENTS * 2, np.int64),
+            "active": np.zeros(blocks.MAX_PORTS, np.int64),
+        }
+        record = self._records[0]
+        for field, memory in self._memory.items():
+            record[field] = memory.ctypes.data
+        record["row"] = row.ctypes.data
+        self._epoll = select.epoll()
+        record["epoll"] = self._epoll.fileno()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.watch(self._wake, select.EPOLLIN, blocks.EVENT_WAKE, 0)
+        self._ring_slots = Slots(blocks.MAX_RINGS, "rings")
+        self._port_slots = Slots(blocks.MAX_PORTS, "ports")
+        #: Told, in the worker's thread, of the host's faults: by port index.
+        self.on_backend_fault: dict[int, Callable[[int], None]] = {}
+        #: Who a ring is, for the log: by ring index.
+        self.ring_names: dict[int, str] = {}
+        self._state = threading.Condition()
+        self._pauses = 0
+        self._inside = False
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this is held, the worker's thread is outside its loop."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a worker can't pause itself")
+        with self._state:
+            self._pauses += 1
+            # Pairs with the loop's ordered load; the lock is the barrier.
+            self._memory["control"][blocks.CONTROL_STOP] = 1
+            if self._inside:
+                os.eventfd_write(self._wake, 1)
+            while self._inside:
+                self._state.wait()
+        try:
+            yield
+        finally:
+            with self._state:
+                self._pauses -= 1
+                if self._pauses == 0:
+                    self._memory["control"][blocks.CONTROL_STOP] = 0
+                    self._state.notify_all()
+
+    # --- what the loop serves; all of these only while paused -------------------------------------------
+
+    def add_port(self) -> int:
+        """A port's index in `ports`; its record is all zeros but for what means "none"."""
+        index = self._port_slots.take()
+        record = self.ports[index]
+        self.ports[index] = np.zeros(1, blocks.PORT)[0]
+        record["fd"] = record["tx"] = record["rx"] = record["left"] = -1
+        record["used"] = 1
+        record["writable"] = 1
+        record["expect"] = 1514
+        self._records[0]["ports"] += 1
+        self._start()
+        return index
+
+    def remove_port(self, index: int) -> None:
+        """Takes a port out; its rings are not running any more."""
+        self.deactivate(index)
+        self.ports[index]["used"] = 0
+        self.on_backend_fault.pop(index, None)
+        self._records[0]["ports"] -= 1
+        self._port_slots.give_back(index)
+
+    def add_ring(self, port: int, row: Int64s, name: str) -> int:
+        """A ring's index in `rings`, for `port`."""
+        index = self._ring_slots.take()
+        self.rings[index] = np.zeros(1, blocks.RING)[0]
+        record = self.rings[index]
+        record["port"] = port
+        record["row"] = row.ctypes.data
+        record["call_fd"] = record["err_fd"] = -1
+        self.ring_names[index] = name
+        return index
+
+    def remove_ring(self, index: int) -> None:
+        """Takes a ring out that does not run."""
+        self.ring_names.pop(index, None)
+        self._ring_slots.give_back(index)
+
+    def activate(self, port: int) -> None:
+        """Has the loop look at a port at once."""
+        record, worker = self.ports[port], self._records[0]
+        if not record["active"]:
+            record["active"] = 1
+            record["idle_since"] = 0
+            self._memory["active"][worker["active_count"]] = port
+            worker["active_count"] += 1
+
+    def deactivate(self, port: int) -> None:
+        """Has the loop forget that a port was active."""
+        worker, active = self._records[0], self._memory["active"]
+        if self.ports[port]["active"]:
+            count = int(worker["active_count"])
+            kept = [index for index in active[:count] if index != port]
+            active[: len(kept)] = kept
+            worker["active_count"] = len(kept)
+            self.ports[port]["active"] = 0
+
+    def watch(self, fd: int, events: int, kind: int, index: int) -> None:
+        """Has epoll wake the loop, edge-triggered; `kind` and `index` as `blocks.EVENT_*` say."""
+        event = _EpollEvent(events | _EPOLLET, index, kind)
+        if _libc.epoll_ctl(self._epoll.fileno(), _ADD, fd, ctypes.byref(event)) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"descriptor {fd} can't be watched: {os.strerror(code)}")
+        if kind == blocks.EVENT_PORT:
+            self._records[0]["watched"] += 1
+
+    def unwatch(self, fd: int, kind: int) -> None:
+        """Ends `watch`, before the descriptor is closed."""
+        _libc.epoll_ctl(self._epoll.fileno(), _DEL, fd, ctypes.byref(_EpollEvent()))
+        if kind == blocks.EVENT_PORT:
+            self._records[0]["watched"] -= 1
+
+    def use_fd(self, port: int, old: int, new: int) -> int:
+        """Puts a port's descriptor in place of another, -1 for none; the new one. The old one is still open."""
+        with self.paused():
+            record = self.ports[port]
+            if old >= 0:
+                self.unwatch(old, blocks.EVENT_PORT)
+            for field in ("held", "stream_have", "stream_at", "unsent_bytes", "error"):
+                record[field] = 0
+            record["fd"] = new
+            record["readable"] = record["writable"] = int(new >= 0)
+            if new >= 0:
+                self.watch(new, select.EPOLLIN | select.EPOLLOUT, blocks.EVENT_PORT, port)
+                self.activate(port)
+        return new
+
+    # --- the thread -------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                while self._pauses and not self._closing:
+                    self._state.wait()
+                if self._closing:
+                    return
+                self._inside = True
+            try:
+                reason = self._loop(self._records, self.rings, self.ports)
+                self._tell(reason)
+            finally:
+                with self._state:
+                    self._inside = False
+                    self._state.notify_all()
+
+    def _tell(self, reason: int) -> None:
+        index = int(self._records[0]["reason_index"])
+        if reason == blocks.REASON_GUEST_FAULT:
+            name = self.ring_names.get(index, f"ring {index}")
+            _log.error("%s: stopped: %s", name, faults.describe(self.rings[index]))
+        elif reason == blocks.REASON_BACKEND_FAULT:
+            told = self.on_backend_fault.get(index)
+            if told is not None:
+                told(int(self.ports[index]["error"]))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        with self.paused(), self._state:
+            self._closing = True
+            self._state.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._epoll.close()
+        os.close(self._wake)
+
+
+class WorkerPlace:
+    """A place (`device.Place`): a ring of a worker's port. `busy_ns`: how long the port polls before it rests."""
+
+    def __init__(self, worker: Worker, port: int, ring: int, busy_ns: int = 0) -> None:
+        self.worker = worker
+        self.port = port
+        self.ring = ring
+        self.busy_ns = busy_ns
+
+    @property
+    def record(self) -> Any:
+        """The ring's record."""
+        return self.worker.rings[self.ring]
+
+    def paused(self) -> AbstractContextManager[None]:
+        """The worker's pause."""
+        return self.worker.paused()
+
+    def begin(self, vring: Vring) -> None:
+        """Listens for kicks, or polls for ever where there is none to listen for; looks at once."""
+        if vring.kick >= 0:
+            self.worker.watch(vring.kick, select.EPOLLIN, blocks.EVENT_KICK, self.ring)
+        self.worker.ports[self.port]["busy_ns"] = self.busy_ns if vring.kick >= 0 else _FOR_EVER
+        self.worker.ports[self.port]["readable"] = 1
+        self.worker.activate(self.port)
+
+    def end(self, vring: Vring) -> None:
+        """Stops listening."""
+        if vring.kick >= 0:
+            self.worker.unwatch(vring.kick, blocks.EVENT_KICK)
+
+
+class Workers:
+    """The process's workers of one device type: made when needed, shared by key or in turn.
+
+    `count`: how many threads; None: one a processor, eight at most.
+    """
+
+    def __init__(
+        self, loop: Loop, kind: str, make_row: Callable[[str], Int64s], count: int | None = None
+    ) -> None:
+        self._loop = loop
+        self._kind = kind
+        self._make_row = make_row
+        self.count = count or min(len(os.sched_getaffinity(0)), 8)
+        self._workers: list[Worker] = []
+        self._keys: dict[str, Worker] = {}
+        self._turn = itertools.count()
+
+    def take(self, key: str | None = None) -> Worker:
+        """The worker for what has to be together (`key`), or the next in turn."""
+        if key is not None and key in self._keys:
+            return self._keys[key]
+        turn = next(self._turn) % self.count
+        if turn >= len(self._workers):
+            name = f"{self._kind}-worker{turn}"
+            self._workers.append(Worker(self._loop, name, self._make_row(name)))
+        worker = self._workers[turn]
+        if key is not None:
+            self._keys[key] = worker
+        return worker
