@@ -29,7 +29,6 @@ def serve(device: Device | Mapping[Path, Device], path: Path | None = None, *, c
         raise TypeError("serve(device, path), or serve({path: device, ...})")
     with ExitStack() as closing, Server() as server:
         for where, what in places.items():
-            what.attach(server.poller)
             closing.callback(what.close)
             (server.connect if connect else server.listen)(where, what)
         server.run()

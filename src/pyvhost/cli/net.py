@@ -84,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
         places = args.socket_path or [None]
         for path in places:
             device = _device(args, path if len(places) > 1 else None)
-            device.attach(server.poller)
             closing.callback(device.close)
             if path is None:
                 server.serve_fd(args.fd, device)

@@ -151,8 +151,10 @@ WORKER: Final = _int64s(
     "reason_index",
 )
 
-#: A frame with its header at its longest: 64 KiB of GSO payload, tags, and the header.
-MAX_FRAME: Final = 65536 + 64
+#: The longest frame: an IP packet of 64 KiB behind two addresses, two tags and a type, and then some.
+LONGEST_FRAME: Final = 65536 + 64
+#: Room for one with its header.
+MAX_FRAME: Final = LONGEST_FRAME + 64
 STREAM_BYTES: Final = 4 * MAX_FRAME
 #: The shortest frame: two addresses and a type.
 MIN_FRAME: Final = 14

@@ -22,6 +22,7 @@ from pyvhost.dataplane.blocks import (
     C_OVERSIZE,
     C_PACKETS,
     C_SYSCALLS,
+    LONGEST_FRAME,
     MAX_FRAME,
     MIN_FRAME,
     SCRATCH_HEADER,
@@ -303,7 +304,7 @@ def receive_stream(worker: Record, rings: Records, ports: Records, index: int) -
         waiting = port["stream_have"] - port["stream_at"]
         if waiting >= 4:
             length = big_endian32(load32(buffer + port["stream_at"]))
-            if length > MAX_FRAME:
+            if length > LONGEST_FRAME:
                 backend_fault(worker, ports, index, _EPROTO)
                 port["readable"] = 0
                 port["stream_at"] = 0

@@ -17,7 +17,7 @@ from pyvhost.dataplane.blocks import (
     C_PACKETS,
     FAULT_DIRECTION,
     FAULT_HEADER,
-    MAX_FRAME,
+    LONGEST_FRAME,
     MIN_FRAME,
     PORT_FD,
     PORT_LOOP,
@@ -78,7 +78,7 @@ def transmit(worker: Record, rings: Records, ports: Records, index: int) -> int:
     while at < good:
         # Frames that no port can carry are taken out one by one; the runs between them go in one piece.
         size = load64(batch + at * SLOT_BYTES + SLOT_OUT_BYTES) - header
-        if size < MIN_FRAME or size > MAX_FRAME - 64:
+        if size < MIN_FRAME or size > LONGEST_FRAME:
             count(row, C_OVERSIZE if size > MIN_FRAME else C_ERRORS, 1)
             count(row, C_DROPS, 1)
             at += 1
@@ -87,7 +87,7 @@ def transmit(worker: Record, rings: Records, ports: Records, index: int) -> int:
         end = at + 1
         while end < good:
             size = load64(batch + end * SLOT_BYTES + SLOT_OUT_BYTES) - header
-            if size < MIN_FRAME or size > MAX_FRAME - 64:
+            if size < MIN_FRAME or size > LONGEST_FRAME:
                 break
             end += 1
         done = _send(worker, rings, ports, index, batch, at, end)
