@@ -20,6 +20,7 @@ COMPILED = "compiled loop"
 COPIES = "memory copies"
 KERNEL = "kernel"
 PYTHON = "Python"
+CLOCK = "clock"
 
 
 def kind_of(symbol: str, dso: str) -> str:
@@ -30,6 +31,8 @@ def kind_of(symbol: str, dso: str) -> str:
         return COMPILED
     if dso.startswith(("[kernel", "[guest.kernel")) or dso.endswith(".ko"):
         return KERNEL
+    if dso == "[vdso]":
+        return CLOCK
     name = dso.rpartition("/")[2]
     if name.startswith(("libpython", "python")):
         return PYTHON

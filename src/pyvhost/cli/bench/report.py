@@ -25,7 +25,9 @@ def print_report(report: Report, console: Console) -> None:
     if report.rows:
         console.print(ratio_table(report))
         for row in report.rows:
-            console.print(f"  {row.title}, {row.size} B: {where_time_goes(row)}", highlight=False)
+            console.print(
+                f"  {row.title}, {row.size} B: {where_time_goes(row)}", highlight=False, markup=False
+            )
         console.print()
     if report.syscalls:
         console.print(syscall_table(report.syscalls))
