@@ -6,8 +6,10 @@ Written from virtio 1.3, 2.7 with struct alone, and shares nothing with the driv
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass
 
+from pyvhost.driver import barrier
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.split_ring import SplitRing
 
@@ -33,15 +35,19 @@ class StubDevice:
         self.desc, self.avail, self.used = ring.layout
         self.size = ring.size
         self.order = "<" if ring.byteorder == "little" else ">"
+        self.native = ring.byteorder == sys.byteorder
         self.event_idx = ring.event_idx if event_idx is None else event_idx
         self.last_avail = self.used_idx = self.u16(self.used + 2)
         self.signalled = self.used_idx
 
     def u16(self, address: int) -> int:
-        return int(struct.unpack(self.order + "H", self.memory.read(address, 2))[0])
+        word = self.memory.words(address, 1, "H")[0]
+        return word if self.native else (word & 0xFF) << 8 | word >> 8
 
     def put16(self, address: int, value: int) -> None:
-        self.memory.write(address, struct.pack(self.order + "H", value & 0xFFFF))
+        # One store, for a driver that looks at the same time.
+        value &= 0xFFFF
+        self.memory.words(address, 1, "H")[0] = value if self.native else (value & 0xFF) << 8 | value >> 8
 
     def take(self, limit: int = 1 << 16) -> list[Taken]:
         """Every chain that is available, up to `limit` of them."""
@@ -77,7 +83,10 @@ class StubDevice:
             self.publish()
 
     def publish(self) -> None:
+        barrier.release()
         self.put16(self.used + 2, self.used_idx)
+        # Before `call_due`: either the driver sees this index, or we see that it wants a call.
+        barrier.full()
 
     def call_due(self) -> bool:
         """Whether the driver wants a call for what was published since this was last asked (2.7.7.2)."""
@@ -95,6 +104,8 @@ class StubDevice:
             self.put16(self.used + 4 + 8 * self.size, event)
         else:
             self.put16(self.used, 0 if want else 1)
+        # Before the next `take`: either the driver sees that we ask, or we see its index.
+        barrier.full()
 
     def gather(self, chain: Taken) -> bytes:
         """What the driver wrote for the device to read."""

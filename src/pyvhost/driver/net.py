@@ -316,9 +316,7 @@ class NetDriver:
         """The frames that have come, on any pair; does not wait. Their buffers go back into the rings."""
         for pair in range(self.queue_pairs):
             self._collect(pair)
-        frames = list(self._received)
-        self._received.clear()
-        return frames
+        return self._given()
 
     def receive(self, count: int = 1, *, timeout: float | None = None) -> list[Received]:
         """Wait for frames, and return all that have come, at least `count`.
@@ -335,7 +333,12 @@ class NetDriver:
             self._wait(enough, self.rx, "frame", timeout)
         except TimeoutError as error:
             raise TimeoutError(f"{len(self._received)} of {count} frames received; {error}") from None
-        return self.poll()
+        return self._given()
+
+    def _given(self) -> list[Received]:
+        frames = list(self._received)
+        self._received.clear()
+        return frames
 
     def _collect(self, pair: int) -> None:
         queue = self.rx[pair]

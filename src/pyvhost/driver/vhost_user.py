@@ -102,7 +102,8 @@ class VhostUserFrontend:
         """Put these bytes on the wire as they are, the descriptors with the first of them."""
         try:
             sent = host_fds.send(self.socket, data, fds)
-            self.socket.sendall(data[sent:])
+            if sent < len(data):
+                self.socket.sendall(data[sent:])
         except (BrokenPipeError, ConnectionResetError):
             raise BackendGoneError("the back end closed the connection; nothing could be sent") from None
 
