@@ -19,9 +19,6 @@ READY = "pyvhost-guest-ready"
 
 # `timeout` is there in coreutils and in busybox; both take the seconds first and answer 124 (busybox: 143).
 _LOOP = """\
-exec 3<>"$agent_tty" || { echo "pyvhost: no $agent_tty"; poweroff_now; }
-stty raw -echo <&3
-echo
 echo "READY $(cat /proc/sys/kernel/random/boot_id)" >&3
 while read -r token seconds script <&3; do
     case "$token" in
@@ -63,11 +60,17 @@ import ctypes, sys
 with open(sys.argv[1], 'rb') as f:
     sys.exit(ctypes.CDLL(None).syscall(313, f.fileno(), b'', 0))" "$1"
 }
+# Before any driver: one that fails may take the line's interrupt with it.
+if ! (: 3<>@TTY@); then
+    echo "pyvhost: cannot open @TTY@"
+    poweroff_now
+fi
+exec 3<>@TTY@
+stty raw -echo <&3
 for module in @MODULES@; do
     load "$module" || echo "pyvhost: cannot load $module"
 done
 ip link set lo up
-agent_tty=@TTY@
 """
 
 _QEMU = """\
@@ -87,11 +90,17 @@ reboot_now() {
     reboot -f
     sleep 60
 }
+# Before any driver: one that fails may take the line's interrupt with it.
+if ! (: 3<>@TTY@); then
+    echo "pyvhost: cannot open @TTY@"
+    poweroff_now
+fi
+exec 3<>@TTY@
+stty raw -echo <&3
 for module in @MODULES@; do
     insmod "$module" || echo "pyvhost: cannot load $module"
 done
 ip link set lo up
-agent_tty=@TTY@
 """
 
 
