@@ -105,6 +105,7 @@ def ports_of(fds: list[int], number: int) -> list[list[int]]:
 def test_several_sockets_share_the_frames_and_a_flow_stays_with_one(ip: Ip) -> None:
     (left,) = packet.open_packet("left")
     rights = packet.open_packet("right", 4)
+    packet.spread(rights[0], 4)
     for number in [*range(1, 65)] * 2:
         os.write(left, bytes(10) + frame(number))
     ports = ports_of(rights, 128)

@@ -29,7 +29,11 @@ class Seen:
 
     def next(self) -> int:
         """The descriptor after the next change."""
+        before = len(self.fds)
+        guard = self.poller.call_later(30, self.poller.stop)
         self.poller.run()
+        guard.cancel()
+        assert len(self.fds) > before, "it was told of no change"
         return self.fds[-1]
 
 

@@ -29,7 +29,8 @@ class InterfaceBackend(Backend):
         self.header_size = 10
         self._pairs = 0
         self._monitor: LinkMonitor | None = None
-        self._told = False
+        #: What the device knows: descriptors and link.
+        self._told: tuple[list[int], bool] = ([], False)
 
     @abstractmethod
     def _open_fds(self, queue_pairs: int) -> list[int]:
@@ -61,7 +62,7 @@ class InterfaceBackend(Backend):
         except BaseException:
             self.close()
             raise
-        self._told = self.link_up()
+        self._told = (list(self.fds), self.link_up())
         return self.fds
 
     def close(self) -> None:
@@ -84,12 +85,12 @@ class InterfaceBackend(Backend):
             former, self.fds = self.fds, [-1] * self._pairs
         if self.fds[0] < 0 and interface.exists(self.name):
             self._open_again()
-        up = self.link_up()
-        if not former and up == self._told:
+        state = (list(self.fds), self.link_up())
+        if state == self._told:
             return
-        if up != self._told:
-            _log.info("%s: the link is %s", self.spec, "up" if up else "down")
-        self._told = up
+        if state[1] != self._told[1]:
+            _log.info("%s: the link is %s", self.spec, "up" if state[1] else "down")
+        self._told = state
         try:
             self.changed()
         finally:

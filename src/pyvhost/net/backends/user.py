@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 PAUSE_FIRST = 0.5
 PAUSE_MOST = 30.0
 
+#: What passt tells the guest by DHCP: nothing is on the way but memory, so a frame may be as long as it can be.
+MTU = 65520
+
 #: Options with a value, which passt has under these names.
 _VALUES = {
     "address": "--address",
@@ -50,9 +53,12 @@ class UserBackend(Backend):
     usage: ClassVar[str] = "user[,tcp=PORTS][,udp=PORTS][,mtu=BYTES][,address=IP]..."
     summary: ClassVar[str] = "the host's network without privileges, by passt; ports as 2222:22"
 
-    def __init__(self, spec: str, options: list[str] | None = None) -> None:
+    def __init__(self, spec: str, options: list[str] | None = None, mtu: int | None = None) -> None:
         super().__init__(spec)
         self.options = options or []
+        if mtu is not None:
+            self.options += ["--mtu", str(mtu)]
+        self._mtu = mtu
         self._poller: Poller | None = None
         self._passt: Passt | None = None
         self._timer: Timer | None = None
@@ -67,16 +73,18 @@ class UserBackend(Backend):
             ports = spec.values(name)
             if ports:
                 options += [flag, ",".join(ports)]
-        mtu = spec.value("mtu", integer(0, 65520))
-        if mtu is not None:
-            options += ["--mtu", str(mtu)]
+        mtu = spec.value("mtu", integer(68, MTU))
         for name, flag in _VALUES.items():
             for value in spec.values(name):
                 options += [flag, value]
         for name, flag in _FLAGS.items():
             if spec.flag(name):
                 options.append(flag)
-        return cls(spec.text, options)
+        return cls(spec.text, options, mtu)
+
+    @property
+    def mtu(self) -> int | None:
+        return self._mtu or MTU
 
     def open(self, queue_pairs: int, poller: Poller | None = None) -> list[int]:
         self.check_pairs(queue_pairs)
