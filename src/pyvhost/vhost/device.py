@@ -475,9 +475,10 @@ class Device(ABC):
                 place.record[f"{name}_fd"] = fd
 
     def _check_fd(self, vring: Vring, name: str, fd: int) -> None:
-        """A kick is an eventfd. A call or err may be a pipe as well: UML's is."""
+        """A kick is an eventfd. A call or err may be a pipe or a socket as well: UML's is one of a pair."""
         try:
-            if name == "kick" or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            mode = os.fstat(fd).st_mode
+            if name == "kick" or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                 eventfd.require(fd)
             os.set_blocking(fd, False)
         except OSError as error:
