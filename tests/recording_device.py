@@ -41,6 +41,7 @@ class RecordingDevice:
         self.name = name
         self.features = features
         self.config_changed: Callable[[], None] | None = None
+        self.memory_lost: Callable[[], None] | None = None
         self.lost_memory = False
         self.poller: Poller | None = None
         self.config = bytes(range(64))

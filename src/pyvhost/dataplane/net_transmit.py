@@ -36,14 +36,14 @@ from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.split_ring import collect, count, publish, use_batch
 
 
-@kernel
-def _swallow(batch: int, header: int, chains: int, row: int) -> int:
-    swallowed = 0
+@inline
+def _count(first_slot: int, header: int, chains: int, row: int) -> None:
+    """Counts frames that have gone."""
+    sent = 0
     for i in range(chains):
-        swallowed += load64(batch + i * SLOT_BYTES + SLOT_OUT_BYTES) - header
+        sent += load64(first_slot + i * SLOT_BYTES + SLOT_OUT_BYTES) - header
     count(row, C_PACKETS, chains)
-    count(row, C_BYTES, swallowed)
-    return chains
+    count(row, C_BYTES, sent)
 
 
 @inline
@@ -118,9 +118,10 @@ def _send(
         return (
             send_stream(worker, ports, index, header, batch, first, end, row) if port["writable"] else first
         )
+    done = end
     if kind == PORT_LOOP:
-        return deliver(worker, rings, ports, index, index, batch, first, end, True)
-    if kind == PORT_SWITCH:
-        return forward(worker, rings, ports, index, batch, first, end)
-    _swallow(batch + first * SLOT_BYTES, header, end - first, row)
-    return end
+        done = deliver(worker, rings, ports, index, index, batch, first, end, True)
+    elif kind == PORT_SWITCH:
+        done = forward(worker, rings, ports, index, batch, first, end)
+    _count(batch + first * SLOT_BYTES, header, done - first, row)
+    return done

@@ -141,7 +141,9 @@ class NetDevice(Device):
 
     def features_changed(self) -> None:
         """Sets ports and backend to what was negotiated."""
-        self._driver_pairs = None
+        several = features.mask(abi.F_MQ, abi.F_CTRL_VQ)
+        # Where the control queue is ours, the driver uses one pair until it says otherwise (5.1.6.5.5).
+        self._driver_pairs = 1 if self.acked_features & several == several else None
         self._offloads_off = 0
         self._set_ports()
 

@@ -28,6 +28,7 @@ from pyvhost.dataplane.plain import load16, store16
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import Guard, Mapping, MemoryRegion, MemoryTable
+from pyvhost.vhost import lost
 from pyvhost.vhost.errors import VhostError
 
 _log = logging.getLogger(__name__)
@@ -99,14 +100,16 @@ class Device(ABC):
         self.config_changed: Callable[[], None] | None = None
         #: The control thread's loop, for what is handled in Python.
         self.poller: Poller | None = None
+        #: The session's: called when the front end has taken its memory away (`lost_memory`).
+        self.memory_lost: Callable[[], None] | None = None
         self._table = MemoryTable()
-        guard.install()
 
     def attach(self, poller: Poller) -> None:
         """Whoever serves the device says on which loop, once, before anything else."""
         if self.poller is not None:
             raise RuntimeError(f"{self.name} is served already")
         self.poller = poller
+        lost.watch(poller, self)
 
     def close(self) -> None:
         """Gives up all that the device has of the host; nobody serves it any more."""

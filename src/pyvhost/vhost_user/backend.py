@@ -58,6 +58,10 @@ _BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
 _log = logging.getLogger(__name__)
 
 
+#: Why a connection ends whose front end took its memory away.
+LOST_MEMORY = "its memory file became smaller than what it shared of it; the guest's memory is gone"
+
+
 class SessionError(Exception):
     """The connection can't go on; the text is for the log."""
 
@@ -110,9 +114,7 @@ class BackendSession:
             self.progress.saw(message.request)
             answer = self._obey(message)
         if self.device.lost_memory:
-            raise SessionError(
-                "its memory file became smaller than what it shared of it; the guest's memory is gone"
-            )
+            raise SessionError(LOST_MEMORY)
         self.announce()
         if answer is None and message.need_reply and self._has(abi.PROTOCOL_F_REPLY_ACK):
             answer = U64(0)
@@ -149,6 +151,7 @@ class BackendSession:
         self.on_backend_output = None
         close(self.take_backend_fd())
         self.device.config_changed = None
+        self.device.memory_lost = None
         self.device.reset()
 
     # --- what a message comes to ---------------------------------------------------------------------

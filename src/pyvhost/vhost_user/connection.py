@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from pyvhost.host import fds as host_fds
 from pyvhost.host.poller import Poller
-from pyvhost.vhost_user.backend import BackendSession, SessionError
+from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, SessionError
 from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Message, Stream, decode_one
 from pyvhost.vhost_user.describe import TRACE, describe
 from pyvhost.vhost_user.device import Device
@@ -75,6 +75,7 @@ class Connection:
         self._channel: _Channel | None = None
         # A device may notice a change on any thread; the session belongs to the control thread.
         device.config_changed = lambda: poller.call_soon_threadsafe(self.session.config_changed)
+        device.memory_lost = lambda: self.end(f"{LOST_MEMORY}; its connection ends", logging.ERROR)
         poller.register(sock.fileno(), select.EPOLLIN, self._on_event)
         _log.info("%s attached to %s", self.label, device.name)
 

@@ -21,6 +21,7 @@ class Device(Protocol):
     """
 
     config_changed: Callable[[], None] | None
+    memory_lost: Callable[[], None] | None
 
     @property
     def name(self) -> str: ...
