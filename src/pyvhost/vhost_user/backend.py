@@ -36,7 +36,7 @@ from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost_user import describe
 from pyvhost.vhost_user.codec import Message, Stream, encode
 from pyvhost.vhost_user.device import Device
-from pyvhost.vhost_user.hints import Progress
+from pyvhost.vhost_user.hints import SHARE_IT, Progress
 from pyvhost.vhost_user.offer import NOT_OFFERED, PROTOCOL_FEATURES
 from pyvhost.vhost_user.payloads import (
     ALWAYS_ANSWERED,
@@ -169,6 +169,9 @@ class BackendSession:
         except OSError as error:
             fault = error.strerror or str(error)
             text = f"{describe.summary(message, self.device.virtio_id)}: {fault}"
+            if error.errno == errno.EFAULT and not self.progress.named_memory:
+                # What QEMU does with memory that can't be shared, without a word of its own.
+                text += f"; it has named no memory at all: {SHARE_IT}"
             answer = self._refusal(message, error)
             if answer is None:
                 raise SessionError(text) from error
@@ -277,7 +280,6 @@ class BackendSession:
 
     def _set_mem_table(self, message: Message) -> None:
         assert isinstance(message.payload, MemTable)
-        self.progress.new_table(message.fds)
         self.device.set_mem_table(
             [_region(piece, message.fds.take(i)) for i, piece in enumerate(message.payload.regions)]
         )
@@ -287,7 +289,6 @@ class BackendSession:
 
     def _add_mem_reg(self, message: Message) -> None:
         assert isinstance(message.payload, MemReg)
-        self.progress.more_memory(message.fds)
         self.device.add_mem_region(_region(message.payload.region, message.fds.take()))
 
     def _rem_mem_reg(self, message: Message) -> None:
@@ -325,9 +326,6 @@ class BackendSession:
         ring, fd = self._file(message)
         self.device.set_vring_kick(ring.index, fd)
         self._set_state(ring, started=True)
-        hint = self.progress.ring_started()
-        if hint:
-            _log.warning("%s: %s", self.label, hint)
 
     def _set_vring_call(self, message: Message) -> None:
         ring, fd = self._file(message)

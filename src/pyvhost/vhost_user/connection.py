@@ -21,6 +21,7 @@ from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, SessionError
 from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Message, Stream, decode_one
 from pyvhost.vhost_user.describe import TRACE, describe
 from pyvhost.vhost_user.device import Device
+from pyvhost.vhost_user.hints import MEMORY, private_memory
 from pyvhost.vhost_user.payloads import CodecError
 
 #: Messages that one front end is served in a row before others have their turn.
@@ -32,13 +33,15 @@ AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 _log = logging.getLogger(__name__)
 
 
+def peer_pid(sock: socket.socket) -> int:
+    """The process that connected or listened at the other end; 0 for one of another pid namespace."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    return int(struct.unpack("iII", raw)[0])
+
+
 def peer_of(sock: socket.socket) -> str:
     """Who is at the other end, for a person: "qemu-system-x86 (pid 4711)"."""
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-    except OSError:
-        return "front end"
-    pid, _, _ = struct.unpack("iII", raw)
+    pid = peer_pid(sock)
     if pid <= 0:
         return "front end (of another pid namespace)"
     try:
@@ -63,6 +66,8 @@ class Connection:
         """Take over a connected socket. `where` is the socket's name for the log; `on_end` is called once."""
         sock.setblocking(False)
         self.peer = peer_of(sock)
+        self._pid = peer_pid(sock)
+        self._memory_seen = False
         self.label = f"{where}: {self.peer}"
         self.alive = True
         self.session = BackendSession(device, label=self.label)
@@ -128,12 +133,17 @@ class Connection:
             host_fds.close_all(fds)
             self._decoder.end()
             hint = self.session.progress.farewell()
-            self.end(f"it left{': ' + hint if hint else ''}", logging.WARNING if hint else logging.INFO)
+            self.end(hint or "it left", logging.WARNING if hint else logging.INFO)
             return False
         message = self._decoder.feed(data, fds)
         if message is None:
             return True
         self._trace(message)
+        if message.request in MEMORY and len(message.fds) and not self._memory_seen:
+            self._memory_seen = True
+            hint = private_memory(self._pid, message.fds)
+            if hint:
+                _log.warning("%s: %s", self.label, hint)
         for reply in self.session.receive(message):
             self._trace_bytes(Stream.REPLY, reply)
             self._output += reply

@@ -1,13 +1,13 @@
 """How far a front end came, and what a person should mend if it did not come all the way.
 
-Promises: `farewell` says in one sentence why no packet flowed, where the conversation shows it: the driver
-never started, memory was never shared, a ring never ran. Never: judges a front end that got all it came for.
+Promises: says in one sentence why no packet flows, where the conversation or /proc shows it: the driver never
+started, the guest's memory is not shared, a ring never ran. Never: judges a front end that got all it came
+for; needs a privilege (what /proc does not show goes unsaid).
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable
 
 from pyvhost.abi.vhost_user import Request
@@ -18,13 +18,31 @@ SHARE_IT = (
     " <access mode='shared'/>, Cloud Hypervisor --memory shared=on"
 )
 
-_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG)
+#: The requests that name memory.
+MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG)
 
 
-def _blocks(fd: int) -> int:
-    """How much a file holds; what is no plain file (a DAX device) counts as full."""
-    status = os.fstat(fd)
-    return status.st_blocks if stat.S_ISREG(status.st_mode) else 1
+def private_memory(pid: int, fds: Iterable[int]) -> str:
+    """What to say if the front end maps a file that it shares for itself alone; nothing if it does not.
+
+    QEMU with share=off hands out a file of which it uses a private copy: everything works, and nothing the
+    guest writes is ever seen here. `pid` is the front end's; 0 or one that can't be looked at says nothing.
+    """
+    wanted = {(os.major(s.st_dev), os.minor(s.st_dev), s.st_ino) for s in map(os.fstat, fds)}
+    shared: dict[tuple[int, int, int], bool] = {}
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                _, permissions, _, device, inode, *_ = line.split(maxsplit=5)
+                major, minor = (int(number, 16) for number in device.split(":"))
+                file = (major, minor, int(inode))
+                if file in wanted:
+                    shared[file] = shared.get(file, False) or permissions[3] == "s"
+    except (OSError, ValueError):
+        return ""
+    if all(shared.values()):
+        return ""
+    return f"it maps the memory it names privately, so that nothing its guest writes is seen here: {SHARE_IT}"
 
 
 class Progress:
@@ -32,8 +50,6 @@ class Progress:
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
-        self._blocks: int | None = None
-        self._warned = False
 
     def saw(self, request: int) -> None:
         """A request came."""
@@ -44,25 +60,10 @@ class Progress:
         """Whether it came as far as SET_FEATURES."""
         return Request.SET_FEATURES in self._seen
 
-    def new_table(self, fds: Iterable[int]) -> None:
-        """All memory was named anew."""
-        self._blocks = None
-        self.more_memory(fds)
-
-    def more_memory(self, fds: Iterable[int]) -> None:
-        """Memory was named; its descriptors are only looked at."""
-        self._blocks = (self._blocks or 0) + sum(_blocks(fd) for fd in fds)
-
-    def ring_started(self) -> str:
-        """What to say when a ring starts; nothing most of the time.
-
-        A guest that starts a ring has written to its memory. If the files it shared hold not one page, it
-        wrote elsewhere: QEMU with share=off hands out a file that it does not use itself.
-        """
-        if self._warned or self._blocks != 0:
-            return ""
-        self._warned = True
-        return f"its memory files hold nothing although a ring starts; if no packet flows, {SHARE_IT}"
+    @property
+    def named_memory(self) -> bool:
+        """Whether it ever named a piece of memory."""
+        return bool(self._seen.intersection(MEMORY))
 
     def farewell(self) -> str:
         """What the conversation lacked, now that it is over; nothing if it lacked nothing."""
@@ -73,7 +74,7 @@ class Progress:
                 "it left before SET_FEATURES: the guest's driver never started (is the guest up,"
                 " has it the virtio driver?)"
             )
-        if not self._seen.intersection(_MEMORY):
+        if not self.named_memory:
             return f"it left without having named its memory: {SHARE_IT}"
         if Request.SET_VRING_KICK not in self._seen:
             return "it left before SET_VRING_KICK: no ring was ever started"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import signal
 import socket
@@ -17,9 +18,11 @@ import pytest
 
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import BackendRequest, Request
+from pyvhost.host import memfd
 from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.describe import TRACE
-from pyvhost.vhost_user.payloads import U64, Config, Payload, VringFile, VringState
+from pyvhost.vhost_user.hints import private_memory
+from pyvhost.vhost_user.payloads import U64, Config, MemReg, Payload, Region, VringFile, VringState
 from pyvhost.vhost_user.server import Server
 from recording_device import FEATURES, RecordingDevice, is_open, no_fd_leaks, spare_fd
 
@@ -287,6 +290,29 @@ def test_a_front_end_that_leaves_early_draws_a_hint(
     until_resets(server, device, 1)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert words in record.getMessage()
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_memory_that_the_front_end_maps_privately_draws_a_hint(
+    server: Server, front: Front, private: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The front end is this very process; QEMU does so with share=off."""
+    fd = memfd.create("guest", 8192)
+    with mmap.mmap(fd, 8192, flags=mmap.MAP_PRIVATE if private else mmap.MAP_SHARED):
+        for start in (0, 4096):
+            front.send(encode(Request.ADD_MEM_REG, MemReg(Region(start, 4096, start, start))), [os.dup(fd)])
+        front.ask(Request.GET_QUEUE_NUM)
+    os.close(fd)
+    hints = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(hints) == int(private)
+    assert all("share=on" in hint for hint in hints)
+
+
+def test_a_front_end_that_cant_be_looked_at_draws_no_hint() -> None:
+    fd = memfd.create("guest", 4096)
+    assert private_memory(0, [fd]) == ""
+    assert private_memory(os.getpid(), [fd]) == ""
+    os.close(fd)
 
 
 # --- one at a time ---------------------------------------------------------------------------------
