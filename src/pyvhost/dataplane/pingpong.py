@@ -16,8 +16,8 @@ from pyvhost.dataplane.policy import kernel
 #: Bytes needed at the address: the word's own pair of lines, then each side's scratch space for the clock.
 ROOM = 128 + 2 * 64
 
-# About a second of looking; the other thread may have to be scheduled first.
-_PATIENCE = 1_000_000_000
+# A tenth of a second of looking, about; the other thread may have to be scheduled first.
+_PATIENCE = 100_000_000
 
 
 @kernel
