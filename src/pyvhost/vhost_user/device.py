@@ -20,7 +20,9 @@ class Device(Protocol):
     numbers. Descriptors that are given belong to the device from the call on, also when it raises.
     """
 
+    #: The transport's: called when the configuration space changes, on any thread.
     config_changed: Callable[[], None] | None
+    #: The transport's: called on the control thread when `lost_memory` becomes true.
     memory_lost: Callable[[], None] | None
 
     @property

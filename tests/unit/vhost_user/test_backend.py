@@ -606,6 +606,7 @@ def test_closing_resets_the_device_once(device: RecordingDevice) -> None:
     talk.session.close()
     assert device.resets == 1
     assert device.config_changed is None
+    assert device.memory_lost is None
 
 
 def test_a_devices_own_fault_is_not_taken_for_the_front_ends(talk: Talk, device: RecordingDevice) -> None:

@@ -255,6 +255,22 @@ def test_a_fault_of_this_program_ends_the_connection_and_not_the_process(
     hello(server, path).close()
 
 
+def test_memory_that_is_lost_ends_the_connection_without_another_word(
+    server: Server, device: RecordingDevice, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.listen(path, device)
+    front = hello(server, path)
+    device.lost_memory = True
+    assert device.memory_lost is not None
+    device.memory_lost()
+    until(server, front.gone)
+    front.close()
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert "memory file became smaller" in record.getMessage()
+    device.lost_memory = False
+    hello(server, path).close()
+
+
 def test_a_device_that_cant_be_reset_does_not_keep_the_next_front_end_out(
     server: Server, device: RecordingDevice, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
