@@ -99,6 +99,11 @@ class Passt:
             finally:
                 os.close(reader)
 
+    def kill(self) -> None:
+        """End it, and have `on_exit` called when it has ended. Nothing happens if it doesn't run."""
+        if self._process is not None:
+            self._process.kill()
+
     def close(self) -> None:
         """End it, if it runs, and close the socket."""
         if self._socket is not None:

@@ -66,6 +66,19 @@ def test_frames_go_through_with_their_header_and_none_comes_back(ip: Ip) -> None
     close_all([left, right])
 
 
+def test_what_the_host_sends_there_is_not_heard(ip: Ip) -> None:
+    (left,) = packet.open_packet("left")
+    (right,) = packet.open_packet("right")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        ip("addr add 10.9.0.1/24 dev left")
+        sock.sendto(b"from the host", ("10.9.0.255", 1234))
+    assert frames_of(right, 10, 1)[0].endswith(b"from the host")
+    with pytest.raises(BlockingIOError):
+        os.read(left, 2000)
+    close_all([left, right])
+
+
 def test_it_hears_what_is_for_others(ip: Ip) -> None:
     """`frame` is addressed to nobody here; without being promiscuous the driver is not asked for it."""
     assert b"promiscuity 0" in ip("-d link show right").encode()

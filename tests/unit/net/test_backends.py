@@ -16,7 +16,7 @@ import pytest
 from netns import network_namespace
 from pyvhost.abi import virtio_net
 from pyvhost.host import interface, tap
-from pyvhost.host.poller import Poller
+from pyvhost.host.poller import Poller, Timer
 from pyvhost.net.backends import registry, user
 from pyvhost.net.backends.base import Backend
 from pyvhost.net.backends.generate import udp_frame
@@ -541,8 +541,47 @@ def test_user_runs_passt_and_starts_it_again(poller: Poller, monkeypatch: pytest
     (again,), up = device.next()
     assert up
     assert again >= 0
+    # The same for one that talks nonsense: the loop says so.
+    backend.reopen()
+    assert device.next() == ([-1], False)
+    backend.reopen()
+    assert device.next()[1]
     backend.close()
     assert not backend.link_up()
+    backend.reopen()
+
+
+@pytest.mark.usefixtures("way_out")
+def test_a_passt_that_keeps_ending_is_started_less_and_less_often(
+    poller: Poller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backend = registry.make("user")
+    device = Device(backend, poller)
+    backend.open(1, poller)
+    # From now on it is a program that ends at once.
+    (tmp_path / "passt").write_text("#!/bin/false\n")
+    (tmp_path / "passt").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pauses: list[float] = []
+    later = poller.call_later
+
+    def at_once(seconds: float, function: Callable[[], object]) -> Timer:
+        if function == backend._again:  # type: ignore[attr-defined]
+            pauses.append(seconds)
+            return later(0, function)
+        return later(seconds, function)
+
+    monkeypatch.setattr(poller, "call_later", at_once)
+    backend.reopen()
+    while len(pauses) < 9:
+        device.next()
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    # And when it isn't there at all.
+    (tmp_path / "passt").unlink()
+    poller.call_later(0.1, poller.stop)
+    poller.run()
+    assert len(pauses) > 9
+    backend.close()
 
 
 @pytest.mark.usefixtures("way_out")

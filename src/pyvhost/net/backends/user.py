@@ -10,6 +10,7 @@ process has (started by root, it becomes `nobody`, or `runas`).
 from __future__ import annotations
 
 import logging
+import time
 from typing import ClassVar
 
 from pyvhost.host.passt import Passt
@@ -63,6 +64,7 @@ class UserBackend(Backend):
         self._passt: Passt | None = None
         self._timer: Timer | None = None
         self._pause = PAUSE_FIRST
+        self._started = 0.0
         self._up = False
 
     @classmethod
@@ -93,6 +95,7 @@ class UserBackend(Backend):
         self._poller = poller
         passt = Passt(self.options, poller, self._ended)
         passt.start()
+        self._started = time.monotonic()
         self._passt, self._up = passt, True
         self.fds = [passt.fd]
         return self.fds
@@ -108,12 +111,16 @@ class UserBackend(Backend):
     def link_up(self) -> bool:
         return self._up
 
+    def reopen(self) -> None:
+        # Either it is ending, or it talks nonsense; both ways `_ended` is next.
+        if self._up and self._passt is not None:
+            self._passt.kill()
+
     def _ended(self) -> None:
         """passt has gone. Its socket is closed once the device has let go of it."""
-        assert self._passt is not None
-        assert self._poller is not None
-        self._timer = self._poller.call_later(self._pause, self._again)
-        self._pause = min(2 * self._pause, PAUSE_MOST)
+        if time.monotonic() - self._started > PAUSE_MOST:
+            self._pause = PAUSE_FIRST  # it had been well
+        self._again_later()
         self._up, self.fds = False, [-1]
         try:
             self.changed()
@@ -121,16 +128,20 @@ class UserBackend(Backend):
             if self._passt is not None:
                 self._passt.close()
 
+    def _again_later(self) -> None:
+        assert self._poller is not None
+        self._timer = self._poller.call_later(self._pause, self._again)
+        self._pause = min(2 * self._pause, PAUSE_MOST)
+
     def _again(self) -> None:
         assert self._passt is not None
-        assert self._poller is not None
         try:
             # It isn't waited for: a control thread has other things to do. If it fails, `_ended` is next.
             self._passt.start(wait=False)
         except OSError as error:
             _log.error("%s: %s", self.spec, error)
-            self._timer = self._poller.call_later(self._pause, self._again)
-            self._pause = min(2 * self._pause, PAUSE_MOST)
+            self._again_later()
             return
+        self._started = time.monotonic()
         self._up, self.fds = True, [self._passt.fd]
         self.changed()
