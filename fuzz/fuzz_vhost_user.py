@@ -21,27 +21,22 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import numpy as np
-
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
-from pyvhost.dataplane import blocks
 from pyvhost.host import fds as host_fds
-from pyvhost.vhost.device import Device, Place, Vring
+from pyvhost.host.poller import Poller
 from pyvhost.vhost_user.backend import BackendSession, SessionError
 from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one
 from pyvhost.vhost_user.describe import describe
 from pyvhost.vhost_user.offer import PROTOCOL_FEATURES
 from pyvhost.vhost_user.payloads import CodecError, MemReg, MemTable
-from recording_device import RecordingDevice, conversation, conversations, open_fds
+from recording_device import InertDevice, RecordingDevice, conversation, conversations, open_fds
 
 HANG_SECONDS = 10
 GROWTH_LIMIT = 64 << 20
@@ -50,37 +45,8 @@ ODD64 = (*ODD, 4096, 1 << 40, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
 
 Said = tuple[bytes, int]
 
-
-class InertPlace:
-    """Where a vring "runs" without anybody reading it."""
-
-    def __init__(self) -> None:
-        self.record: Any = np.zeros(1, blocks.RING)[0]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        yield
-
-    def begin(self, vring: Vring) -> None: ...
-    def end(self, vring: Vring) -> None: ...
-
-
-class InertDevice(Device):
-    """The real device model, with real memory, and rings that nobody serves."""
-
-    kind = "inert"
-    virtio_id = 1
-
-    def __init__(self) -> None:
-        super().__init__("inert0", 8)
-        self.places = [InertPlace() for _ in range(8)]
-
-    @property
-    def features(self) -> int:
-        return RecordingDevice().features
-
-    def place_of(self, index: int) -> Place:
-        return self.places[index]
+#: Never run: devices only want to know whose they are.
+POLLER = Poller()
 
 
 class Hang(BaseException):
@@ -195,6 +161,7 @@ def one_run(seed: int, number: int, conversations: list[list[Said]], show: bool)
     rng = random.Random(f"{seed}:{number}")
     said = mutate(rng, rng.choice(conversations), conversations)
     device: Any = InertDevice() if number % 2 else RecordingDevice()
+    device.attach(POLLER)
     session = BackendSession(device)
     decoder = Decoder(Stream.REQUEST)
     memory_files: list[int] = []

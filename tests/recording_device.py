@@ -1,5 +1,6 @@
 """A device that records what a transport calls, and recorded conversations to replay at it.
 
+`InertDevice` is the real device model with rings that nobody serves.
 `RecordingDevice` keeps the contract of `vhost_user.device.Device` on descriptors: they are its own from the
 call on, also when it raises, and `reset` closes them all.
 """
@@ -16,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pyvhost.dataplane import blocks
 from pyvhost.host.fds import close_all
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryRegion
+from pyvhost.vhost.device import Device, Place, Vring
 from pyvhost.vhost.errors import VhostError
 
 DATA = Path(__file__).parent / "unit" / "vhost_user" / "data"
@@ -142,6 +147,38 @@ class RecordingDevice:
 
     def set_mtu(self, mtu: int, /) -> None:
         self._record("set_mtu", mtu)
+
+
+class InertPlace:
+    """Where a vring "runs" without anybody reading it."""
+
+    def __init__(self) -> None:
+        self.record: Any = np.zeros(1, blocks.RING)[0]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        yield
+
+    def begin(self, vring: Vring) -> None: ...
+    def end(self, vring: Vring) -> None: ...
+
+
+class InertDevice(Device):
+    """The real device model, with real memory, and rings that nobody serves."""
+
+    kind = "inert"
+    virtio_id = 1
+
+    def __init__(self) -> None:
+        super().__init__("inert0", 8)
+        self.places = [InertPlace() for _ in range(8)]
+
+    @property
+    def features(self) -> int:
+        return FEATURES
+
+    def place_of(self, index: int) -> Place:
+        return self.places[index]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
         except DemoError as problem:
             # Nothing has been served yet: there may be another kind of guest.
             console.print(Text(f"No {KINDS[kind]}: {problem}\n", "yellow"))
-        except (GuestError, ServingError) as problem:
+        except ServingError as problem:
+            # All that it printed is above.
+            print(f"pyvhost demo: {str(problem).partition(chr(10))[0]}", file=sys.stderr)
+            return 1
+        except GuestError as problem:
             print(f"pyvhost demo: {problem}", file=sys.stderr)
             return 1
     return 1
@@ -95,7 +99,7 @@ class Demo:
     def run(self) -> None:
         """Everything, from the back end's start to the summary. DemoError: this kind of guest can't be had."""
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="pyvhost-demo-")))
-        sockets = [folder / "a", folder / "b"]
+        sockets = [folder / "first", folder / "second"]
         ends = make_ends(self.kind, sockets, self._say)
         serving = self._serve(sockets)
         self._stack.callback(ends.stop)
@@ -112,11 +116,10 @@ class Demo:
     def _serve(self, sockets: Sequence[Path]) -> Serving:
         arguments = ["net", "--backend", BACKEND]
         for path in sockets:
-            arguments += ["--socket-path", str(path)]
+            arguments += ["--socket-path", path.name]
         self.console.print(Text(f"$ pyvhost {' '.join(arguments)}", "bold"))
-        serving = Serving(
-            arguments, sockets, on_line=lambda line: self.console.print(Text("  " + line, "dim"))
-        )
+        names = [path.name for path in sockets]
+        serving = Serving(arguments, names, folder=sockets[0].parent, on_line=self._served)
         self._stack.callback(serving.close)
         return serving.wait_ready()
 
@@ -161,6 +164,11 @@ class Demo:
         self.console.print(Rule("Summary", align="left", style="bold"))
         self.console.print(Text(ends.result, "bold green"))
         self.console.print(_table(_grown(before), _grown(after)))
+
+    def _served(self, line: str) -> None:
+        # What to paste for QEMU is of no use here: the guests are started already.
+        if "for QEMU:" not in line:
+            self.console.print(Text("  " + line, "dim"))
 
     def _say(self, text: str) -> None:
         self.console.print(Text(text))

@@ -28,7 +28,7 @@ class ServingError(RuntimeError):
 class Serving:
     """`pyvhost ARGUMENTS`, which is to listen at `sockets`. A context manager: leaving it ends the child.
 
-    `on_line` is called, on a thread of its own, with each line that the child prints.
+    `folder` is where it runs. `on_line` is called, on a thread of its own, with each line that the child prints.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Serving:
         arguments: Sequence[str],
         sockets: Sequence[str | Path],
         *,
+        folder: str | Path | None = None,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         self.arguments = list(arguments)
@@ -51,6 +52,7 @@ class Serving:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            cwd=folder,
         )
         self._reader = threading.Thread(target=self._read, name="pyvhost's output", daemon=True)
         self._reader.start()
@@ -65,7 +67,7 @@ class Serving:
         """Whether it runs."""
         return self.process.poll() is None
 
-    def wait_ready(self, timeout: float = 180.0) -> Self:
+    def wait_ready(self, timeout: float = 600.0) -> Self:
         """Wait until it has named every socket, which it does when it listens there.
 
         Long enough for a first compilation. ServingError: it ended, or said nothing for `timeout` seconds.

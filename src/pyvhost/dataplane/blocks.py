@@ -24,7 +24,8 @@ BATCH: Final = 32
 MAX_CHAIN: Final = 1024
 #: Slots of a batch: more than are asked for in one go, for frames that fill many mergeable buffers.
 SLOTS: Final = 352
-#: struct iovec in a batch: a long chain ends its batch early, so that one more always fits.
+#: struct iovec in a batch: a long chain ends its batch early, so that one more always fits, and one for each
+#: slot that follows.
 BATCH_IOVECS: Final = SLOTS + 2 * MAX_CHAIN
 #: A slot: head, address of its first iovec, how many are readable, how many writable, bytes of each kind.
 SLOT_BYTES: Final = 48
@@ -128,7 +129,7 @@ PORT: Final = _int64s(
     "pair",
     # Recording: the address of a tap ring, 0 for none.
     "record",
-    # The host's fault: errno, what it was at, whether Python has told of it.
+    # The host's fault: errno, and which ones Python has told of (a bit each, modulo 64).
     "error",
     "error_told",
     # A row of counters for a port that has no rings (a switch's uplink).
@@ -147,8 +148,12 @@ WORKER: Final = _int64s(
     "active_count",
     "watched",
     "row",
+    # Why the loop comes back (REASON_*, together), and the ring and the port that it is about.
     "reason",
-    "reason_index",
+    "reason_ring",
+    "reason_port",
+    # Whether a ring was ever stopped by a fault: its next kick has to be heard even while all ports are busy.
+    "faults",
 )
 
 #: The longest frame: an IP packet of 64 KiB behind two addresses, two tags and a type, and then some.
@@ -201,7 +206,7 @@ EVENT_WAKE: Final = 0
 EVENT_KICK: Final = 1
 EVENT_PORT: Final = 2
 
-#: Why a loop came back to Python.
+#: Why a loop came back to Python; the latter two may come together.
 REASON_STOP: Final = 0
 REASON_GUEST_FAULT: Final = 1
 REASON_BACKEND_FAULT: Final = 2

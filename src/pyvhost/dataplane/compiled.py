@@ -90,22 +90,28 @@ def below(typing_context: Any, a: Any, b: Any) -> Any:
     return types.boolean(types.int64, types.int64), codegen
 
 
-@intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks for the cache line at `address`, to be read soon."""
+def _prefetcher(for_write: int) -> Callable[..., None]:
+    @intrinsic
+    def prefetch(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer_type = ir.IntType(8).as_pointer()
+            flag = ir.IntType(32)
+            function_type = ir.FunctionType(ir.VoidType(), [pointer_type, flag, flag, flag])
+            function = builder.module.globals.get("llvm.prefetch.p0")
+            if function is None:
+                function = ir.Function(builder.module, function_type, "llvm.prefetch.p0")
+            pointer = builder.inttoptr(arguments[0], pointer_type)
+            builder.call(function, [pointer, flag(for_write), flag(3), flag(1)])
+            return context.get_dummy_value()
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer_type = ir.IntType(8).as_pointer()
-        flag = ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer_type, flag, flag, flag])
-        function = builder.module.globals.get("llvm.prefetch.p0")
-        if function is None:
-            function = ir.Function(builder.module, function_type, "llvm.prefetch.p0")
-        pointer = builder.inttoptr(arguments[0], pointer_type)
-        builder.call(function, [pointer, flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
+        return types.void(types.int64), codegen
 
-    return types.void(types.int64), codegen
+    return prefetch
+
+
+#: Asks for the cache line at an address, to be read soon; or to be written, so that nobody else keeps it.
+prefetch = _prefetcher(0)
+prefetch_write = _prefetcher(1)
 
 
 def _fetcher(bits: int, operation: str) -> Callable[..., int]:

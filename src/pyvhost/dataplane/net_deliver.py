@@ -64,7 +64,7 @@ def offer(ring: Record, port: Record, batch: int, at: int, have: int, length: in
     while buffers_for(port, batch, at, have, length) == 0:
         if have - at >= ring["num"]:
             return have
-        grown = collect(ring, batch, have, BATCH, VRING_DESC_F_WRITE)
+        grown = collect(ring, batch, have, BATCH, VRING_DESC_F_WRITE, 2)
         if grown <= have:
             return -1 - have
         have = grown
@@ -192,7 +192,7 @@ def deliver(
     out["rx_dry"] = 0
     slots = worker["rx_batch"]
     scratch = worker["scratch"]
-    have = max(collect(ring, slots, 0, end - first, VRING_DESC_F_WRITE), 0)
+    have = max(collect(ring, slots, 0, end - first, VRING_DESC_F_WRITE, 2), 0)
     at = 0
     packets = 0
     moved = 0
@@ -208,7 +208,7 @@ def deliver(
             take(ring, at)
             at = 0
             put_out = _deliver_plain(worker, ring, out, flags_word, csum_offset, iov, header, length)
-            have = max(collect(ring, slots, 0, end - done - 1, VRING_DESC_F_WRITE), 0)
+            have = max(collect(ring, slots, 0, end - done - 1, VRING_DESC_F_WRITE, 2), 0)
             buffers = put_out if put_out <= 0 else 0
             if put_out > 0:
                 packets += put_out

@@ -241,7 +241,7 @@ def receive_fd(worker: Record, rings: Records, ports: Records, index: int) -> in
             continue
         if not port["readable"]:
             break
-        have = collect(ring, batch, 0, SLOTS if port["expect"] > 4096 else BATCH, VRING_DESC_F_WRITE)
+        have = collect(ring, batch, 0, SLOTS if port["expect"] > 4096 else BATCH, VRING_DESC_F_WRITE, 1)
         if have <= 0:
             port["rx_dry"] = 1
             break
@@ -354,7 +354,7 @@ def generate(worker: Record, rings: Records, ports: Records, index: int) -> int:
     piece = worker["scratch"] + SCRATCH_IOV
     store64(piece, port["template"])
     store64(piece + 8, length)
-    have = max(collect(ring, batch, 0, want, VRING_DESC_F_WRITE), 0)
+    have = max(collect(ring, batch, 0, want, VRING_DESC_F_WRITE, 2), 0)
     at = 0
     done = 0
     while done < want:

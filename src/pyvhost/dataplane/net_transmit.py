@@ -68,7 +68,10 @@ def transmit(worker: Record, rings: Records, ports: Records, index: int) -> int:
     ring = rings[port["tx"]]
     batch = worker["tx_batch"]
     row = ring["row"]
-    chains = collect(ring, batch, 0, BATCH, 0)
+    kind = port["kind"]
+    # Who only counts needs no payload; the kernel fetches its own.
+    lines = 2 if kind in (PORT_LOOP, PORT_SWITCH) else 1 if kind == PORT_FD else 0
+    chains = collect(ring, batch, 0, BATCH, 0, lines)
     if chains == 0:
         return 0
     header = port["header"]

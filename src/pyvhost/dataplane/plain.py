@@ -100,6 +100,9 @@ def clock_ns(scratch: int) -> int:
     return time.monotonic_ns()
 
 
+prefetch_write = prefetch
+
+
 def _result(done: int) -> int:
     return done if done >= 0 else -ctypes.get_errno()
 

@@ -27,6 +27,7 @@ from pyvhost.dataplane.access import (
     load16_acquire,
     load64,
     prefetch,
+    prefetch_write,
     signal,
     store16,
     store16_release,
@@ -227,10 +228,11 @@ def ready(ring: Record) -> int:
 
 
 @kernel
-def collect(ring: Record, batch: int, start: int, want: int, plain: int) -> int:
+def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: int) -> int:
     """Walks up to `want` chains, from `start` chains after the last one taken, into the batch from slot `start`.
 
     `plain` is the flag word of a chain of one descriptor of the wanted direction: 0 or VRING_DESC_F_WRITE.
+    `lines`: how many cache lines of each payload are going to be used at once, 0 to 2.
     How many slots the batch has now (`start` and more); a fault's code, negative, if the very next chain
     is at fault (one behind good ones is met the next time).
     """
@@ -275,8 +277,15 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int) -> int:
             and length <= hit_size - offset
         ):
             data = hit_host + offset
-            prefetch(data)
-            prefetch(data + 64)
+            if lines > 0:
+                if plain:
+                    prefetch_write(data)
+                    if lines > 1:
+                        prefetch_write(data + 64)
+                else:
+                    prefetch(data)
+                    if lines > 1:
+                        prefetch(data + 64)
             store64(iov, data)
             store64(iov + 8, length)
             store64(slot + SLOT_IOV, iov)
@@ -301,7 +310,8 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int) -> int:
         hit_guest = ring["hit_guest"]
         hit_size = ring["hit_size"]
         hit_host = ring["hit_host"]
-        prefetch(load64(load64(slot + SLOT_IOV)))
+        if lines > 0:
+            prefetch(load64(load64(slot + SLOT_IOV)))
     return end
 
 

@@ -52,7 +52,7 @@ class Process:
             "the net data plane",
             [
                 (net_loop, (worker, rings, ports)),
-                (split_ring.collect, (ring, 0, 0, 0, 0)),
+                (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
                 (split_ring.take, (ring, 0)),
                 (split_ring.publish, (ring,)),

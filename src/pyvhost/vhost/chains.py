@@ -119,10 +119,10 @@ class PythonRing:
         for _ in range(_A_TURN):
             if not record["running"]:
                 return
-            found = collect(record, self._batch.ctypes.data, 0, 1, 0)
+            found = collect(record, self._batch.ctypes.data, 0, 1, 0, 0)
             if found == 0:
                 want_kicks(record, True)
-                found = collect(record, self._batch.ctypes.data, 0, 1, 0)
+                found = collect(record, self._batch.ctypes.data, 0, 1, 0, 0)
                 if found == 0:
                     return
             if found < 0:

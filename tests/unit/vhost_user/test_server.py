@@ -18,15 +18,33 @@ import pytest
 
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import BackendRequest, Request
+from pyvhost.dataplane import guard
+from pyvhost.dataplane.plain import load16
 from pyvhost.host import memfd
 from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.describe import TRACE
 from pyvhost.vhost_user.hints import private_memory
-from pyvhost.vhost_user.payloads import U64, Config, MemReg, Payload, Region, VringFile, VringState
+from pyvhost.vhost_user.payloads import (
+    U64,
+    Config,
+    MemReg,
+    MemTable,
+    Payload,
+    Region,
+    VringAddr,
+    VringFile,
+    VringState,
+)
 from pyvhost.vhost_user.server import Server
-from recording_device import FEATURES, RecordingDevice, is_open, no_fd_leaks, spare_fd
+from recording_device import FEATURES, InertDevice, RecordingDevice, is_open, no_fd_leaks, spare_fd
 
 BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_guard() -> None:
+    """Its one descriptor is the process's for good: made before descriptors are counted."""
+    guard.install()
 
 
 @pytest.fixture
@@ -269,6 +287,38 @@ def test_memory_that_is_lost_ends_the_connection_without_another_word(
     assert "memory file became smaller" in record.getMessage()
     device.lost_memory = False
     hello(server, path).close()
+
+
+def test_a_front_end_that_shrinks_its_memory_loses_its_connection_and_nobody_else_does(
+    server: Server, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real device model: what reads the ring next finds zeros, and the loop is told."""
+    one, two = InertDevice(), InertDevice()
+    other_path = str(tmp_path / "vm1.sock")
+    server.listen(path, one)
+    server.listen(other_path, two)
+    shrinks, stays = Front.at(server, path), Front.at(server, other_path)
+    files = [memfd.create("guest", 1 << 20, seals=0) for _ in range(2)]
+    for front, file in zip((shrinks, stays), files, strict=True):
+        table = MemTable((Region(0, 1 << 20, 0x10000, 0),))
+        front.send(encode(Request.SET_FEATURES, U64(1 << 32 | BIT_30)))
+        front.send(encode(Request.SET_MEM_TABLE, table), [os.dup(file)])
+        front.send(encode(Request.SET_VRING_NUM, VringState(0, 64)))
+        front.send(encode(Request.SET_VRING_ADDR, VringAddr(0, 0, 0x10000, 0x12000, 0x11000)))
+        front.send(encode(Request.SET_VRING_KICK, VringFile(0)), [spare_fd()])
+        front.send(encode(Request.SET_VRING_ENABLE, VringState(0, 1)))
+        front.ask(Request.GET_QUEUE_NUM)
+    os.ftruncate(files[0], 0)
+    assert load16(int(one.places[0].record["avail"]) + 2) == 0
+    until(server, shrinks.gone)
+    assert "memory file became smaller" in caplog.text
+    assert one.vrings[0].place is None
+    assert two.vrings[0].place is not None
+    assert stays.ask(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 0)
+    for front, file in zip((shrinks, stays), files, strict=True):
+        front.close()
+        os.close(file)
+    until(server, lambda: not two.owned)
 
 
 def test_a_device_that_cant_be_reset_does_not_keep_the_next_front_end_out(
