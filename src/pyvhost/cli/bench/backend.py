@@ -21,7 +21,7 @@ BUSYLOOP_US = 1000
 
 
 class BackEndError(RuntimeError):
-    """The back end did not come up; the message carries what it printed."""
+    """The back end did not come up; the message carries the last line that it printed."""
 
 
 class BackEnd:
@@ -106,7 +106,9 @@ class BackEnd:
             self._transcript.write_bytes(self._output)
 
     def _end(self) -> str:
-        return repr(self._output[-800:].decode(errors="replace"))
+        # The whole of it is in the transcript.
+        lines = self._output.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
 
 
 def net_arguments(sockets: Sequence[Path], spec: str, *, busyloop: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pyvhost.cli.bench.results import ControlResult, IdleResult, Report, Result, SyscallResult
@@ -36,7 +37,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.idle is not None:
         console.print(idle_sentence(report.idle), highlight=False)
     for line in report.skipped:
-        console.print(f"[yellow]not measured:[/] {line}", highlight=False)
+        console.print(f"[yellow]not measured:[/] {escape(line)}", highlight=False)
 
 
 def ratio_table(report: Report) -> Table:

@@ -4,8 +4,8 @@ Most are counted while testpmd, which polls and never sleeps, keeps the back end
 that behaves as a guest at ease: it sends a burst, kicks, and sleeps until it is called.
 
 Backends that reach the kernel get their far end inside a network namespace of the back end's own, so that
-nothing of a flood gets out of it: a tap with nobody behind it, a veth pair, and for `user` a dummy interface as
-the only way out.
+nothing of a flood gets out of it: a tap with nobody behind it, a veth pair, and for `user` another one as the
+only way out.
 
 Promises: counts only between two moments at which nothing moved, so that calls and packets are of one span.
 Never: measures speed.
@@ -54,9 +54,10 @@ ip link set lo up
 ip link add pvbench0 type veth peer name pvbench1
 ip link set pvbench0 up
 ip link set pvbench1 up
-ip link add pvbench2 type dummy
+ip link add pvbench2 type veth peer name pvbench4
 ip address add 192.0.2.2/24 dev pvbench2
 ip link set pvbench2 up
+ip link set pvbench4 up
 ip route add default via 192.0.2.1
 exec "$@"
 """
