@@ -103,7 +103,8 @@ class Demo:
         ends = make_ends(self.kind, sockets, self._say)
         serving = self._serve(sockets)
         self._stack.callback(ends.stop)
-        ends.start()
+        with self.console.status("booting"):
+            ends.start()
         self._say(ends.description)
         for title, show in (*ends.shows, (f"TCP from the first to the second, {self.seconds:g} s", None)):
             self.console.print(Rule(title, align="left", style="bold"))
@@ -121,7 +122,8 @@ class Demo:
         names = [path.name for path in sockets]
         serving = Serving(arguments, names, folder=sockets[0].parent, on_line=self._served)
         self._stack.callback(serving.close)
-        return serving.wait_ready()
+        with self.console.status("starting; the first time, the data plane is compiled"):
+            return serving.wait_ready()
 
     def _watched(self, serving: Serving, ends: Ends) -> tuple[Snapshot, Snapshot]:
         """Transfers, showing what is served meanwhile; what was counted before and after."""
@@ -235,5 +237,5 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, int]], str]], ...] = (
     ("kicks", _counter("kicks")),
     ("calls", _counter("calls")),
     ("suppressed", _counter("calls_suppressed")),
-    ("syscalls/packet", _per_packet),
+    ("syscalls\n/packet", _per_packet),
 )

@@ -37,6 +37,8 @@ Show = tuple[str, Callable[[Say], None]]
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 7007
 _BOOT_SECONDS = 120.0
+# The driver hears of its link, and the kernel of that, a moment after it is up.
+_LINK = "for _ in $(seq 100); do [ $(cat /sys/class/net/eth0/operstate) = up ] && break; sleep 0.05; done"
 # What a guest that is emulated and has no Python sends whole, so that it can be compared.
 _MEBIBYTES = 8
 
@@ -120,7 +122,7 @@ class GuestEnds(Ends):
             f"Two guests run {release}, unmodified, processes {' and '.join(map(_pid, self._guests))}"
         )
         for guest, address in zip(self._guests, _ADDRESSES, strict=True):
-            guest.run(f"ip address add {address}/24 dev eth0; ip link set eth0 up")
+            guest.run(f"ip address add {address}/24 dev eth0; ip link set eth0 up; {_LINK}")
 
     def _show_link(self, say: Say) -> None:
         self._guests[0].run("ip address show dev eth0", on_line=say)

@@ -46,7 +46,7 @@ def find_kernel(work: Path | None = None, *, download: bool = True) -> Kernel:
 
     KernelError: there is none, and none is to be had.
     """
-    folder = (work or cache_folder()) / "kernels"
+    folder = (work or cache_folder()) / "linux"
     found = _newest(folder) or _host()
     if found is None and download:
         _download(folder)
