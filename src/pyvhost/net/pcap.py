@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
-from pyvhost import __version__
 from pyvhost.dataplane import policy, tap_ring
 from pyvhost.host import eventfd
 
@@ -68,7 +67,7 @@ def _block(kind: int, body: bytes, *options: bytes) -> bytes:
 def section_header() -> bytes:
     """The Section Header Block (4.1)."""
     body = struct.pack("=IHHq", _BYTE_ORDER, 1, 0, -1)
-    return _block(_SECTION, body, _option(_SHB_USERAPPL, f"pyvhost {__version__}".encode()))
+    return _block(_SECTION, body, _option(_SHB_USERAPPL, b"pyvhost"))
 
 
 def interface_description(name: str, snaplen: int) -> bytes:

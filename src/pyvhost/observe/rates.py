@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from pyvhost.observe.reader import Process, Row, Snapshot
+
+#: The kind of a row that is no device's queue but a thread's that serves queues.
+WORKER: Final = "worker"
 
 #: Names a queue across snapshots: its file, its use of a row, its labels.
 Key = tuple[str, int, tuple[tuple[str, str], ...]]
@@ -73,12 +77,17 @@ def key(process: Process, row: Row) -> Key:
     return f"{process.path}@{process.started}", row.generation, tuple(sorted(row.labels.items()))
 
 
-def _order(row: Row) -> tuple[str, int, str]:
-    """By device, then rx0, tx0, rx1, ..., rx10."""
+#: Queues without a number, a control queue as a rule, come behind the others.
+_UNNUMBERED = 10**9
+
+
+def _order(row: Row) -> tuple[bool, str, int, str]:
+    """By device, then rx0, tx0, rx1, ..., rx10; workers behind all devices."""
     queue = row.label("queue")
     name = queue.rstrip("0123456789")
     number = queue[len(name) :]
-    return row.label("device"), int(number[:9]) if number.isascii() and number else -1, name
+    place = int(number[:9]) if number.isascii() and number else _UNNUMBERED
+    return row.label("kind") == WORKER, row.label("device"), place, name
 
 
 def queues(snapshot: Snapshot, previous: Snapshot | None = None, dt: float | None = None) -> Iterator[Queue]:

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from pyvhost.observe.rates import Key, Queue, queues
+from pyvhost.observe.rates import WORKER, Key, Queue, queues
 from pyvhost.observe.reader import Snapshot
 
 #: Moments that a queue's drawing goes back.
@@ -155,7 +155,7 @@ def render(
                 if column.title in ("device", "backend"):
                     cell.plain = ""
         device = whose
-        table.add_row(*cells)
+        table.add_row(*cells, style="dim" if queue.row.label("kind") == WORKER else None)
     table.caption = _caption(snapshot, now)
     return table
 
@@ -186,7 +186,11 @@ def _caption(snapshot: Snapshot, now: Sequence[Queue]) -> Text:
     if not now:
         caption.append("nothing is served at the moment\n" if not snapshot.processes else "no queue runs\n")
     else:
-        devices = {(queue.process.pid, queue.row.label("device")) for queue in now}
+        devices = {
+            (queue.process.pid, queue.row.label("device"))
+            for queue in now
+            if queue.row.label("kind") != WORKER
+        }
         packets = [rate for queue in now if (rate := queue.rate("packets")) is not None]
         bits = [rate for queue in now if (rate := queue.bits()) is not None]
         caption.append(f"{_count(snapshot.processes, 'process', 'processes')}, {_count(devices, 'device')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyvhost.observe.rates import queues
+from pyvhost.observe.reader import Row
 from unit.observe.samples import process, row, snapshot
 
 
@@ -84,5 +85,11 @@ def test_order_is_by_device_and_number() -> None:
     names = ["tx1", "rx10", "rx2", "ctrl", "rx0", "tx0", "rx1", "x²"]
     rows = [row(device, name) for name in names for device in ("vm1", "vm0")]
     ordered = [(q.row.label("device"), q.row.label("queue")) for q in queues(snapshot(1, process(*rows)))]
-    queue_order = ["ctrl", "x²", "rx0", "tx0", "rx1", "tx1", "rx2", "rx10"]
+    queue_order = ["rx0", "tx0", "rx1", "tx1", "rx2", "rx10", "ctrl", "x²"]
     assert ordered == [(device, name) for device in ("vm0", "vm1") for name in queue_order]
+
+
+def test_workers_come_behind_all_devices() -> None:
+    worker = Row({"device": "a-worker", "kind": "worker", "queue": "-"}, 1, {"syscalls": 1})
+    found = list(queues(snapshot(1, process(worker, row("vm0", "rx0")))))
+    assert [queue.row.label("device") for queue in found] == ["vm0", "a-worker"]

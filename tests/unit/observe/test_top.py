@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyvhost.observe.rates import queues
+from pyvhost.observe.reader import Row
 from pyvhost.observe.top import MOMENTS, History, render, scaled, sparkline
 from unit.observe.samples import process, row, snapshot
 
@@ -90,6 +91,13 @@ def test_it_fits(width: int, drawn: bool) -> None:
         assert "…" not in "".join(rows), "whole columns are left out, none is cut"
     for important in ("vm0", "rx0", "1.00 M"):
         assert important in rows[0]
+
+
+def test_a_worker_is_shown_and_is_no_device() -> None:
+    worker = Row({"device": "net-worker0", "kind": "worker", "queue": "-"}, 1, {"syscalls": 12345})
+    lines = text(render(snapshot(1, process(worker, row("vm0", "rx0"))))).splitlines()
+    assert "net-worker0" in lines[4]
+    assert lines[5].strip() == "1 process, 1 device"
 
 
 def test_markup_in_labels_is_text() -> None:
