@@ -7,7 +7,6 @@ Never: makes a system call but the call of a guest that asked for it, save towar
 
 from __future__ import annotations
 
-from pyvhost.abi.virtio import VRING_DESC_F_WRITE
 from pyvhost.abi.virtio_net import HDR_F_NEEDS_CSUM, HDR_GSO_ECN
 from pyvhost.dataplane.access import load16, load32, load64, store64
 from pyvhost.dataplane.blocks import (
@@ -39,8 +38,9 @@ from pyvhost.dataplane.frames import buffers_for, gather, header_at, put, sane
 from pyvhost.dataplane.net_send import send_fd
 from pyvhost.dataplane.offload import finish_checksum, segment, segment_count
 from pyvhost.dataplane.policy import inline, kernel
-from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take
+from pyvhost.dataplane.split_ring import WRITABLE, collect, count, publish, stop_at_fault, take
 from pyvhost.dataplane.switch_table import learn, look_up
+from pyvhost.dataplane.tap_ring import record_received
 
 #: What `offer` answers besides a number of buffers.
 TOO_LARGE = -1
@@ -50,23 +50,26 @@ FAULT = -2
 @kernel
 def guest_fault(worker: Record, rings: Records, index: int) -> None:
     """Stops ring `index`, whose record holds a fault, and has Python tell of it once."""
+    worker["faults"] = 1
     if stop_at_fault(rings[index]):
-        worker["reason"] = REASON_GUEST_FAULT
-        worker["reason_index"] = index
+        worker["reason"] |= REASON_GUEST_FAULT
+        worker["reason_ring"] = index
 
 
 @kernel
 def offer(ring: Record, port: Record, batch: int, at: int, have: int, length: int) -> int:
-    """Walks buffers until a frame of `length` fits from slot `at`: how many slots the batch has then.
+    """Walks buffers until a frame of `length` fits from slot `at`, or never will: how many slots the batch has.
 
     Negative when there are not enough now (`-1 - have`), so that the caller knows both.
     """
     while buffers_for(port, batch, at, have, length) == 0:
         if have - at >= ring["num"]:
             return have
-        grown = collect(ring, batch, have, BATCH, VRING_DESC_F_WRITE, 2)
+        grown = collect(ring, batch, have, BATCH, WRITABLE, 2)
         if grown <= have:
-            return -1 - have
+            # A batch that is full of what the frame alone may have will never hold more.
+            full = grown == have and at == 0 and (ring["seen_avail"] - ring["last_avail"]) & 0xFFFF > have
+            return have if full else -1 - have
         have = grown
     return have
 
@@ -80,7 +83,7 @@ def _takes(out: Record, gso: int) -> bool:
 
 
 @inline
-def _must_be_plain(out: Record, flags_word: int) -> bool:
+def must_be_plain(out: Record, flags_word: int) -> bool:
     """Whether a frame has an offload that the receiver did not negotiate (virtio 1.2, 5.1.6.4.1)."""
     if flags_word & 0xFFFF == 0:
         return False
@@ -109,12 +112,14 @@ def _put_one(
     if buffers <= 0:
         return TOO_LARGE
     put(out, ring, slots, 0, buffers, flags_word, csum_offset, iov, skip, length, scratch + SCRATCH_HEADER)
+    if out["record"]:
+        record_received(out["record"], slots, 0, buffers, out["header"], length)
     take(ring, buffers)
     return 1
 
 
 @kernel
-def _deliver_plain(
+def deliver_plain(
     worker: Record,
     ring: Record,
     out: Record,
@@ -152,10 +157,11 @@ def _deliver_plain(
         store64(piece, to)
         store64(piece + 8, size)
         if _put_one(ring, out, worker["rx_batch"], 0, 0, piece, 0, size, scratch) <= 0:
-            # What has been cut is lost like any other burst that overran a receiver.
-            count(ring["row"], C_DROPS, 1)
-            count(ring["row"], C_NO_BUFFER, 1)
-            return made if made else 0
+            if made:
+                # What else was cut is lost like any other burst that overran a receiver.
+                count(ring["row"], C_DROPS, 1)
+                count(ring["row"], C_NO_BUFFER, 1)
+            return made
         made += 1
     return made
 
@@ -179,7 +185,9 @@ def deliver(
     out = ports[target]
     header = ports[source]["header"]
     if out["rx"] < 0:
-        sent = send_fd(worker, ports, target, header, batch, first, end, out["row"])
+        sent = first
+        if out["writable"]:
+            sent = send_fd(worker, ports, target, header, batch, first, end, out["row"])
         count(out["row"], C_DROPS, end - sent)
         return end
     ring = rings[out["rx"]]
@@ -192,7 +200,7 @@ def deliver(
     out["rx_dry"] = 0
     slots = worker["rx_batch"]
     scratch = worker["scratch"]
-    have = max(collect(ring, slots, 0, end - first, VRING_DESC_F_WRITE, 2), 0)
+    have = max(collect(ring, slots, 0, end - first, WRITABLE, 2), 0)
     at = 0
     packets = 0
     moved = 0
@@ -204,11 +212,11 @@ def deliver(
         csum_offset = load16(start + 8)
         length = load64(slot + SLOT_OUT_BYTES) - header
         iov = load64(slot + SLOT_IOV)
-        if _must_be_plain(out, flags_word):
+        if must_be_plain(out, flags_word):
             take(ring, at)
             at = 0
-            put_out = _deliver_plain(worker, ring, out, flags_word, csum_offset, iov, header, length)
-            have = max(collect(ring, slots, 0, end - done - 1, VRING_DESC_F_WRITE, 2), 0)
+            put_out = deliver_plain(worker, ring, out, flags_word, csum_offset, iov, header, length)
+            have = max(collect(ring, slots, 0, end - done - 1, WRITABLE, 2), 0)
             buffers = put_out if put_out <= 0 else 0
             if put_out > 0:
                 packets += put_out
@@ -241,6 +249,8 @@ def deliver(
                 length,
                 scratch + SCRATCH_HEADER,
             )
+            if out["record"]:
+                record_received(out["record"], slots, at, buffers, out["header"], length)
             at += buffers
             packets += 1
             moved += length

@@ -143,7 +143,9 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
             _wait(worker, rings, ports, -1)
             continue
         now = clock_ns(clock)
-        if now - looked > _LOOK_NS and (worker["ports"] > worker["active_count"] or worker["watched"]):
+        if now - looked > _LOOK_NS and (
+            worker["ports"] > worker["active_count"] or worker["watched"] or worker["faults"]
+        ):
             looked = now
             _wait(worker, rings, ports, 0)
         at = 0

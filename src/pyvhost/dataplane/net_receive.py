@@ -10,8 +10,19 @@ from __future__ import annotations
 import errno as codes
 from typing import Final
 
-from pyvhost.abi.virtio import VRING_DESC_F_WRITE
-from pyvhost.dataplane.access import copy, load32, load64, move, store16, store64, sys_read, sys_readv
+from pyvhost.abi.virtio_net import HDR_F_NEEDS_CSUM
+from pyvhost.dataplane.access import (
+    copy,
+    load16,
+    load32,
+    load64,
+    move,
+    store8,
+    store16,
+    store64,
+    sys_read,
+    sys_readv,
+)
 from pyvhost.dataplane.blocks import (
     BATCH,
     BOUNCE_FRAME,
@@ -40,10 +51,11 @@ from pyvhost.dataplane.blocks import (
     Records,
 )
 from pyvhost.dataplane.frames import buffers_for, gather, put
-from pyvhost.dataplane.net_deliver import forward, guest_fault, offer
+from pyvhost.dataplane.net_deliver import deliver_plain, forward, guest_fault, must_be_plain, offer
 from pyvhost.dataplane.net_send import backend_fault, big_endian32, touch
-from pyvhost.dataplane.policy import kernel
-from pyvhost.dataplane.split_ring import collect, count, publish, take, use
+from pyvhost.dataplane.policy import inline, kernel
+from pyvhost.dataplane.split_ring import WRITABLE, collect, count, publish, take, use
+from pyvhost.dataplane.tap_ring import record_received
 
 _EAGAIN: Final = codes.EAGAIN
 _EINTR: Final = codes.EINTR
@@ -54,6 +66,12 @@ _EPROTO: Final = codes.EPROTO
 _OFFERED: Final = 512
 
 
+@inline
+def _flags_for(port: Record, flags_word: int) -> int:
+    """The first word of the host's virtio_net_hdr, without what only GUEST_CSUM lets a guest hear of (5.1.6.4.1)."""
+    return flags_word if port["guest_csum"] else flags_word & ~(0xFF & ~HDR_F_NEEDS_CSUM)
+
+
 @kernel
 def put_whole(worker: Record, ring: Record, port: Record, header: int, frame: int, length: int) -> bool:
     """Puts a frame that lies in one piece into the ring; False if it has to wait for buffers.
@@ -61,7 +79,29 @@ def put_whole(worker: Record, ring: Record, port: Record, header: int, frame: in
     `header`: address of its virtio_net_hdr of 10 bytes, 0 for none.
     """
     row = ring["row"]
+    if length > LONGEST_FRAME:
+        count(row, C_OVERSIZE, 1)
+        count(row, C_DROPS, 1)
+        return True
     slots = worker["rx_batch"]
+    piece = worker["scratch"] + SCRATCH_IOV
+    store64(piece, frame)
+    store64(piece + 8, length)
+    flags_word = 0
+    csum_offset = 0
+    if header:
+        flags_word = _flags_for(port, load64(header))
+        csum_offset = load16(header + 8)
+        if must_be_plain(port, flags_word):
+            made = deliver_plain(worker, ring, port, flags_word, csum_offset, piece, 0, length)
+            port["rx_dry"] = 1 if made == 0 else 0
+            if made < 0:
+                count(row, C_OVERSIZE, 1)
+                count(row, C_DROPS, 1)
+            elif made > 0:
+                count(row, C_PACKETS, made)
+                count(row, C_BYTES, length)
+            return made != 0
     have = offer(ring, port, slots, 0, 0, length)
     if have < 0:
         if not port["rx_dry"]:
@@ -74,14 +114,6 @@ def put_whole(worker: Record, ring: Record, port: Record, header: int, frame: in
         count(row, C_OVERSIZE, 1)
         count(row, C_DROPS, 1)
         return True
-    piece = worker["scratch"] + SCRATCH_IOV
-    store64(piece, frame)
-    store64(piece + 8, length)
-    flags_word = 0
-    csum_offset = 0
-    if header:
-        flags_word = load64(header)
-        csum_offset = load32(header + 8) & 0xFFFF
     put(
         port,
         ring,
@@ -95,6 +127,8 @@ def put_whole(worker: Record, ring: Record, port: Record, header: int, frame: in
         length,
         worker["scratch"] + SCRATCH_HEADER,
     )
+    if port["record"]:
+        record_received(port["record"], slots, 0, buffers, port["header"], length)
     take(ring, buffers)
     count(row, C_PACKETS, 1)
     count(row, C_BYTES, length)
@@ -134,7 +168,8 @@ def _receive_one(
 ) -> int:
     """Reads one frame into buffers from slot `at` on; how many it filled.
 
-    0: nothing to read. -1: it did not fit in what was offered, and is held now.
+    0: nothing to read. -1: it is held now: it did not fit in what was offered, or is not yet what the guest
+    negotiated.
     """
     port = ports[index]
     row = ring["row"]
@@ -146,7 +181,7 @@ def _receive_one(
     room = 0
     pieces = 0
     # The header goes in one piece, so a first piece that is shorter gets its frame by way of the bounce buffer.
-    if load64(load64(first + SLOT_IOV) + 8) >= header:
+    if load64(load64(first + SLOT_IOV) + 8) >= max(header, own):
         wanted = port["expect"] + header
         listed = 0
         while at + buffers < have and room < wanted and (buffers == 0 or port["mergeable"]):
@@ -181,21 +216,31 @@ def _receive_one(
         return 0
     length = got - own
     port["expect"] = max(length, port["expect"] - (port["expect"] >> 4))
-    if length > room or buffers == 0:
-        base = load64(load64(first + SLOT_IOV))
+    base = load64(load64(first + SLOT_IOV))
+    offloads = 0
+    if own > 0:
+        offloads = load64(base if buffers > 0 else bounce)
+    if (
+        length > room
+        or buffers == 0
+        or length > LONGEST_FRAME
+        or must_be_plain(port, _flags_for(port, offloads))
+    ):
         if buffers > 0:
             if own > 0:
                 copy(bounce, base, own)
-            _gather_slots(batch, at, header, bounce + BOUNCE_FRAME, room)
+            _gather_slots(batch, at, header, bounce + BOUNCE_FRAME, min(room, length))
         if own == 0:
             store64(bounce, 0)
             store16(bounce + 8, 0)
         port["held"] = length
         return -1
-    base = load64(load64(first + SLOT_IOV))
     if own == 0:
         store64(base, 0)
         store16(base + 8, 0)
+    elif not port["guest_csum"]:
+        # NEEDS_CSUM is not set, and of the other flags such a guest is not to hear.
+        store8(base, 0)
     left = length + header
     filled = 0
     while left > 0:
@@ -205,6 +250,8 @@ def _receive_one(
         filled += 1
     if header == 12:
         store16(base + 10, filled)
+    if port["record"]:
+        record_received(port["record"], batch, at, filled, header, length)
     count(row, C_PACKETS, 1)
     count(row, C_BYTES, length)
     return filled
@@ -241,7 +288,7 @@ def receive_fd(worker: Record, rings: Records, ports: Records, index: int) -> in
             continue
         if not port["readable"]:
             break
-        have = collect(ring, batch, 0, SLOTS if port["expect"] > 4096 else BATCH, VRING_DESC_F_WRITE, 1)
+        have = collect(ring, batch, 0, SLOTS if port["expect"] > 4096 else BATCH, WRITABLE, 1)
         if have <= 0:
             port["rx_dry"] = 1
             break
@@ -273,8 +320,10 @@ def receive_uplink(worker: Record, rings: Records, ports: Records, index: int) -
     while port["readable"] and done < BATCH:
         got = sys_read(port["fd"], bounce, MAX_FRAME)
         count(row, C_SYSCALLS, 1)
+        done += 1
         if got < port["header"] + MIN_FRAME:
             if got < 0 and got != -_EINTR:
+                done -= 1
                 port["readable"] = 0
                 if got != -_EAGAIN:
                     backend_fault(worker, ports, index, -got)
@@ -289,7 +338,6 @@ def receive_uplink(worker: Record, rings: Records, ports: Records, index: int) -
         forward(worker, rings, ports, index, batch, 0, 1)
         count(row, C_PACKETS, 1)
         count(row, C_BYTES, got - port["header"])
-        done += 1
     return done
 
 
@@ -354,7 +402,7 @@ def generate(worker: Record, rings: Records, ports: Records, index: int) -> int:
     piece = worker["scratch"] + SCRATCH_IOV
     store64(piece, port["template"])
     store64(piece + 8, length)
-    have = max(collect(ring, batch, 0, want, VRING_DESC_F_WRITE, 2), 0)
+    have = max(collect(ring, batch, 0, want, WRITABLE, 2), 0)
     at = 0
     done = 0
     while done < want:
@@ -374,6 +422,8 @@ def generate(worker: Record, rings: Records, ports: Records, index: int) -> int:
             # A guest whose buffers never fit would be offered frames for ever: it is asked again at its next kick.
             break
         put(port, ring, batch, at, buffers, 0, 0, piece, 0, length, worker["scratch"] + SCRATCH_HEADER)
+        if port["record"]:
+            record_received(port["record"], batch, at, buffers, port["header"], length)
         at += buffers
         done += 1
     port["rx_dry"] = 1 if done < want else 0

@@ -45,12 +45,14 @@ def big_endian32(value: int) -> int:
 
 @kernel
 def backend_fault(worker: Record, ports: Records, index: int, error: int) -> None:
-    """Notes the host's errno at a port, and has Python tell of it when it is a new one."""
+    """Notes the host's errno at a port, and has Python tell of it, once for each there is with a descriptor."""
     port = ports[index]
-    if port["error"] != error:
+    told = 1 << (error & 63)
+    if port["error_told"] & told == 0:
         port["error"] = error
-        worker["reason"] = REASON_BACKEND_FAULT
-        worker["reason_index"] = index
+        port["error_told"] |= told
+        worker["reason"] |= REASON_BACKEND_FAULT
+        worker["reason_port"] = index
 
 
 @kernel

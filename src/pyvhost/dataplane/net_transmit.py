@@ -34,6 +34,7 @@ from pyvhost.dataplane.net_deliver import deliver, forward, guest_fault
 from pyvhost.dataplane.net_send import send_fd, send_stream
 from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.split_ring import collect, count, publish, use_batch
+from pyvhost.dataplane.tap_ring import record_sent
 
 
 @inline
@@ -94,6 +95,8 @@ def transmit(worker: Record, rings: Records, ports: Records, index: int) -> int:
                 break
             end += 1
         done = _send(worker, rings, ports, index, batch, at, end)
+        if port["record"]:
+            record_sent(port["record"], batch, at, done, header)
         if done < end:
             break
         at = end

@@ -138,11 +138,13 @@ def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
             _compile(missing)
         except Exception:
             # A truncated or foreign cache file surfaces as any of several errors: start afresh, once.
-            if CACHE is None or not warm:
+            if CACHE is None:
                 raise
             shutil.rmtree(CACHE, ignore_errors=True)
             CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
             _compile(missing)
+            # What came from the old cache before is not in the new one: the next process completes it.
+            stamp = None
     if stamp is not None:
         with contextlib.suppress(OSError):
             stamp.touch()

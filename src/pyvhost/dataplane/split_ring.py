@@ -12,6 +12,8 @@ Never: copies a payload, or looks into one.
 
 from __future__ import annotations
 
+from typing import Final
+
 from pyvhost.abi.virtio import (
     VRING_AVAIL_F_NO_INTERRUPT,
     VRING_DESC_F_INDIRECT,
@@ -62,6 +64,9 @@ from pyvhost.dataplane.blocks import (
     Record,
 )
 from pyvhost.dataplane.policy import inline, kernel
+
+#: `collect`'s `plain` for a receive ring: a chain with anything to read in it is at fault (5.1.6.3).
+WRITABLE: Final = 1 << 16 | VRING_DESC_F_WRITE
 
 
 @inline
@@ -231,7 +236,8 @@ def ready(ring: Record) -> int:
 def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: int) -> int:
     """Walks up to `want` chains, from `start` chains after the last one taken, into the batch from slot `start`.
 
-    `plain` is the flag word of a chain of one descriptor of the wanted direction: 0 or VRING_DESC_F_WRITE.
+    `plain` is the flag word of a chain of one descriptor of the wanted direction: 0 or VRING_DESC_F_WRITE, with
+    which a chain may go both ways, or `WRITABLE`.
     `lines`: how many cache lines of each payload are going to be used at once, 0 to 2.
     How many slots the batch has now (`start` and more); a fault's code, negative, if the very next chain
     is at fault (one behind good ones is met the next time).
@@ -245,6 +251,7 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
     end = min(waiting, start + want, SLOTS)
     num = ring["num"]
     mask = num - 1
+    flag = plain & 0xFFFF
     entries = ring["avail"] + 4
     desc = ring["desc"]
     iov = batch + SLOTS * SLOT_BYTES
@@ -256,7 +263,8 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
         store64(batch + i * SLOT_BYTES + SLOT_HEAD, head)
         if head < num:
             prefetch(desc + head * 16)
-    last_iov = batch + SLOTS * SLOT_BYTES + (SLOTS + MAX_CHAIN) * 16
+    # Behind the longest chain there is one more for each slot of the batch.
+    last_iov = batch + SLOTS * SLOT_BYTES + MAX_CHAIN * 16
     hit_guest = ring["hit_guest"]
     hit_size = ring["hit_size"]
     hit_host = ring["hit_host"]
@@ -271,14 +279,14 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
         offset = address - hit_guest
         # Both compares are needed: an offset inside says nothing of a length larger than the region.
         if (
-            (word >> 32) & 0xFFFF == plain
+            (word >> 32) & 0xFFFF == flag
             and length != 0
             and below(offset, hit_size)
             and length <= hit_size - offset
         ):
             data = hit_host + offset
             if lines > 0:
-                if plain:
+                if flag:
                     prefetch_write(data)
                     if lines > 1:
                         prefetch_write(data + 64)
@@ -289,7 +297,7 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
             store64(iov, data)
             store64(iov + 8, length)
             store64(slot + SLOT_IOV, iov)
-            if plain:
+            if flag:
                 store64(slot + SLOT_OUT, 0)
                 store64(slot + SLOT_IN, 1)
                 store64(slot + SLOT_OUT_BYTES, 0)
@@ -304,8 +312,14 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
         if iov > last_iov:
             return i
         failed = walk(ring, head, slot, iov, batch + BATCH_SCRATCH)
+        if failed == 0 and plain == WRITABLE and load64(slot + SLOT_OUT) != 0:
+            failed = _fault(ring, FAULT_DIRECTION, head, load64(slot + SLOT_OUT_BYTES), head)
         if failed < 0:
-            return i if i > start else failed
+            if i > start:
+                # The good ones first: it is met again when they are used.
+                ring["fault"] = 0
+                return i
+            return failed
         iov += 16 * (load64(slot + SLOT_OUT) + load64(slot + SLOT_IN))
         hit_guest = ring["hit_guest"]
         hit_size = ring["hit_size"]

@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_net as abi
@@ -24,6 +24,7 @@ from pyvhost.net.backends.base import Backend
 from pyvhost.net.backends.registry import make as make_backend
 from pyvhost.net.backends.switch import SwitchBackend
 from pyvhost.net.pairs import Pair
+from pyvhost.net.pcap import Recorder
 from pyvhost.net.process import Process
 from pyvhost.net.switches import SwitchPlane
 from pyvhost.vhost.chains import Chain, PythonRing
@@ -82,7 +83,7 @@ class NetDevice(Device):
             self.set_mtu(mtu)
         self._busy_ns = busyloop_timeout * 1000
         self._pcap = pcap
-        self._recorder: Any = None
+        self._recorder: Recorder | None = None
         self._status = abi.S_LINK_UP
         self._driver_pairs: int | None = None
         self._running_pairs = 0
@@ -104,11 +105,9 @@ class NetDevice(Device):
                 self.member = self.switch.join()
             self.pairs = [Pair(process, self, i, self._busy_ns) for i in range(self.queue_pairs)]
             if self._pcap is not None:
-                from pyvhost.net.pcap import Recorder
-
-                self._recorder = Recorder(self._pcap)
-                for pair in self.pairs:
-                    pair.record(self._recorder.address)
+                self._recorder = Recorder(self._pcap, self.name, self.queue_pairs)
+                for pair, address in zip(self.pairs, self._recorder.addresses, strict=True):
+                    pair.record(address)
             row = process.row(self.name, "net", "ctrl", self.backend.spec)
             self._control = PythonRing(f"{self.name}: control queue", self._command, poller, row)
             self.features_changed()

@@ -43,10 +43,10 @@ class Chain:
 
     def read(self, limit: int = 1 << 16) -> bytes:
         """The readable bytes, `limit` at most."""
-        taken = b""
+        taken = bytearray()
         for view in self.readable:
-            taken += bytes(view[: limit - len(taken)])
-        return taken
+            taken += view[: limit - len(taken)]
+        return bytes(taken)
 
     def write(self, data: bytes) -> int:
         """Writes as much of `data` as fits, from the first writable byte on; how much."""

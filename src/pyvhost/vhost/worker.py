@@ -100,6 +100,8 @@ class Worker:
         self.on_backend_fault: dict[int, Callable[[int], None]] = {}
         #: Who a ring is, for the log: by ring index.
         self.ring_names: dict[int, str] = {}
+        #: Which rings have no kick to wait for: by port index.
+        self.polled: dict[int, set[int]] = {}
         self._state = threading.Condition()
         self._pauses = 0
         self._inside = False
@@ -113,13 +115,14 @@ class Worker:
             raise RuntimeError("a worker can't pause itself")
         with self._state:
             self._pauses += 1
-            # Pairs with the loop's ordered load; the lock is the barrier.
-            self._memory["control"][blocks.CONTROL_STOP] = 1
-            if self._inside:
-                os.eventfd_write(self._wake, 1)
-            while self._inside:
-                self._state.wait()
         try:
+            with self._state:
+                # Pairs with the loop's ordered load; the lock is the barrier.
+                self._memory["control"][blocks.CONTROL_STOP] = 1
+                if self._inside:
+                    os.eventfd_write(self._wake, 1)
+                while self._inside:
+                    self._state.wait()
             yield
         finally:
             with self._state:
@@ -137,7 +140,6 @@ class Worker:
         self.ports[index] = np.zeros(1, blocks.PORT)[0]
         record["fd"] = record["tx"] = record["rx"] = record["left"] = -1
         record["used"] = 1
-        record["writable"] = 1
         record["expect"] = 1514
         self._records[0]["ports"] += 1
         self._start()
@@ -148,6 +150,7 @@ class Worker:
         self.deactivate(index)
         self.ports[index]["used"] = 0
         self.on_backend_fault.pop(index, None)
+        self.polled.pop(index, None)
         self._records[0]["ports"] -= 1
         self._port_slots.give_back(index)
 
@@ -207,7 +210,7 @@ class Worker:
             record = self.ports[port]
             if old >= 0:
                 self.unwatch(old, blocks.EVENT_PORT)
-            for field in ("held", "stream_have", "stream_at", "unsent_bytes", "error"):
+            for field in ("held", "stream_have", "stream_at", "unsent_bytes", "error", "error_told"):
                 record[field] = 0
             record["fd"] = new
             record["readable"] = record["writable"] = int(new >= 0)
@@ -232,22 +235,25 @@ class Worker:
                     return
                 self._inside = True
             try:
-                reason = self._loop(self._records, self.rings, self.ports)
-                self._tell(reason)
+                self._tell(self._loop(self._records, self.rings, self.ports))
+            except Exception:
+                _log.exception("%s: what the loop came back for", self.name)
             finally:
                 with self._state:
                     self._inside = False
                     self._state.notify_all()
 
     def _tell(self, reason: int) -> None:
-        index = int(self._records[0]["reason_index"])
-        if reason == blocks.REASON_GUEST_FAULT:
-            name = self.ring_names.get(index, f"ring {index}")
-            _log.error("%s: stopped: %s", name, faults.describe(self.rings[index]))
-        elif reason == blocks.REASON_BACKEND_FAULT:
-            told = self.on_backend_fault.get(index)
+        record = self._records[0]
+        if reason & blocks.REASON_GUEST_FAULT:
+            ring = int(record["reason_ring"])
+            name = self.ring_names.get(ring, f"ring {ring}")
+            _log.error("%s: stopped: %s", name, faults.describe(self.rings[ring]))
+        if reason & blocks.REASON_BACKEND_FAULT:
+            port = int(record["reason_port"])
+            told = self.on_backend_fault.get(port)
             if told is not None:
-                told(int(self.ports[index]["error"]))
+                told(int(self.ports[port]["error"]))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -282,14 +288,24 @@ class WorkerPlace:
         """Listens for kicks, or polls for ever where there is none to listen for; looks at once."""
         if vring.kick >= 0:
             self.worker.watch(vring.kick, select.EPOLLIN, blocks.EVENT_KICK, self.ring)
-        self.worker.ports[self.port]["busy_ns"] = self.busy_ns if vring.kick >= 0 else _FOR_EVER
-        self.worker.ports[self.port]["readable"] = 1
+        else:
+            self.worker.polled.setdefault(self.port, set()).add(self.ring)
+        self._set_busy()
+        record = self.worker.ports[self.port]
+        record["readable"] = int(record["fd"] >= 0)
         self.worker.activate(self.port)
 
     def end(self, vring: Vring) -> None:
         """Stops listening."""
         if vring.kick >= 0:
             self.worker.unwatch(vring.kick, blocks.EVENT_KICK)
+        self.worker.polled.get(self.port, set()).discard(self.ring)
+        self._set_busy()
+
+    def _set_busy(self) -> None:
+        """A port is polled for ever while one of its rings has no kick, and not a moment longer."""
+        polled = self.worker.polled.get(self.port)
+        self.worker.ports[self.port]["busy_ns"] = _FOR_EVER if polled else self.busy_ns
 
 
 class Workers:

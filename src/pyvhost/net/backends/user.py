@@ -88,6 +88,11 @@ class UserBackend(Backend):
     def mtu(self) -> int | None:
         return self._mtu or MTU
 
+    @property
+    def passt_pid(self) -> int:
+        """passt's process id; -1 while there is none."""
+        return self._passt.pid if self._passt is not None else -1
+
     def open(self, queue_pairs: int, poller: Poller | None = None) -> list[int]:
         self.check_pairs(queue_pairs)
         if poller is None:
