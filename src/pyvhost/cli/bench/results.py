@@ -91,7 +91,7 @@ class SyscallResult:
     calls: dict[str, int]
     total: int
     counted_by: str
-    note: str = ""
+    driver: str = "polls"
 
     @property
     def per_packet(self) -> float | None:

@@ -75,13 +75,17 @@ class Subject:
     first_bursts: int = 0
     namespace: bool = False
     far_end: str = ""
-    note: str = ""
+
+    @property
+    def driver(self) -> str:
+        """How the guest's side behaves, in words."""
+        return f"{_BURST}, then sleeps" if self.front_mode == _AT_EASE else "polls"
 
 
 SUBJECTS = (
     Subject("null", TO_HOST, "null", "txonly", "tx"),
     Subject("generate", TO_GUEST, f"generate:{_FRAME}", "rxonly", "rx"),
-    Subject("loop", BOTH, "loop", "io", "rx", first_bursts=LOOP_BURSTS, note="there and back is one packet"),
+    Subject("loop", BOTH, "loop", "io", "rx", first_bursts=LOOP_BURSTS),
     Subject("switch", "guest to guest", "switch:bench", "txonly", "peer"),
     Subject("tap", TO_HOST, "tap:pvbench3", "txonly", "tx", namespace=True),
     Subject("tap", TO_GUEST, "tap:pvbench3", "rxonly", "rx", namespace=True, far_end="pvbench3"),
@@ -89,15 +93,9 @@ SUBJECTS = (
     Subject("packet", TO_GUEST, "packet:pvbench0", "rxonly", "rx", namespace=True, far_end="pvbench1"),
     Subject("stream", TO_HOST, "stream:{socket}", "txonly", "tx", far_end="sink"),
     Subject("stream", TO_GUEST, "stream:{socket}", "rxonly", "rx", far_end="source"),
-    Subject("null", TO_HOST, "null", _AT_EASE, "tx", note=f"bursts of {_BURST}, kicks and calls"),
-    Subject(
-        *("tap", TO_HOST, "tap:pvbench3", _AT_EASE, "tx"),
-        namespace=True,
-        note=f"bursts of {_BURST}, kicks and calls",
-    ),
-    Subject(
-        "user", TO_HOST, "user", "txonly", "tx", namespace=True, note="passt's own calls are not counted"
-    ),
+    Subject("null", TO_HOST, "null", _AT_EASE, "tx"),
+    Subject("tap", TO_HOST, "tap:pvbench3", _AT_EASE, "tx", namespace=True),
+    Subject("user", TO_HOST, "user", "txonly", "tx", namespace=True),
 )
 
 
@@ -240,7 +238,7 @@ class SyscallBench:
             with self._far_end(subject, back, end) as flood, counting.system_calls(back.pid) as count:
                 packets = self._move_in_bursts(driver) if driver else self._move(subject, fronts, flood)
         return SyscallResult(
-            subject.backend, subject.direction, packets, count.calls, count.total, count.by, subject.note
+            subject.backend, subject.direction, packets, count.calls, count.total, count.by, subject.driver
         )
 
     @staticmethod
