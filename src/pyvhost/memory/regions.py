@@ -97,7 +97,9 @@ class Mapping:
                     f"{region}: bytes {region.mmap_offset:#x} to {end:#x} of a file of {status.st_size:#x}",
                 )
             # On hugetlbfs the block size is the page size, and offset and length go by it.
-            page = max(mmap.PAGESIZE, status.st_blksize if status.st_size % status.st_blksize == 0 else 0)
+            block = status.st_blksize
+            huge = block > mmap.PAGESIZE and block & (block - 1) == 0 and status.st_size % block == 0
+            page = block if huge else mmap.PAGESIZE
             lead = region.mmap_offset % page
             length = -(-(lead + region.memory_size) // page) * page
             flags = mmap.MAP_SHARED | _MAP_NORESERVE
@@ -106,7 +108,11 @@ class Mapping:
             if base == _MAP_FAILED:
                 code = ctypes.get_errno()
                 raise OSError(code, f"{region}: mmap: {os.strerror(code)}")
-            slot = guard.protect(base, length) if guard else -1
+            try:
+                slot = guard.protect(base, length) if guard else -1
+            except BaseException:
+                _libc.munmap(base, length)
+                raise
             return cls(region, base + lead, base, length, slot, guard)
         finally:
             os.close(region.fd)
