@@ -707,13 +707,13 @@ def test_without_reply_ack_no_answer_is_awaited(talk: Talk, device: RecordingDev
     channel.close()
 
 
-def test_what_was_not_sent_yet_is_not_said_twice(
-    talk: Talk, device: RecordingDevice, channel: Channel
-) -> None:
+def test_what_was_not_sent_yet_is_not_said_twice(talk: Talk, device: RecordingDevice) -> None:
+    channel = Channel(talk, CONFIG | BACKEND_REQ)
     talk.kick(0)
     for _ in range(1000):
         change(device)
     assert len(talk.session.backend_output) == 12
+    channel.close()
 
 
 def test_without_config_or_without_the_socket_nothing_is_told(talk: Talk, device: RecordingDevice) -> None:

@@ -21,6 +21,7 @@ from pyvhost.abi.vhost_user import BackendRequest, Request
 from pyvhost.dataplane import guard
 from pyvhost.dataplane.plain import load16
 from pyvhost.host import memfd
+from pyvhost.vhost_user import server as server_module
 from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.describe import TRACE
 from pyvhost.vhost_user.hints import private_memory
@@ -531,9 +532,8 @@ def test_a_socket_file_that_has_become_somebody_elses_stays(device: RecordingDev
 
 
 def test_a_front_end_that_listens_is_dialled_and_dialled_again_when_it_comes_back(
-    server: Server, device: RecordingDevice, path: str, caplog: pytest.LogCaptureFixture
+    server: Server, device: RecordingDevice, path: str
 ) -> None:
-    caplog.set_level(logging.INFO)
     server.connect(path, device)
     server.poller.run_once(1.0)
     for count in range(2):
@@ -556,9 +556,28 @@ def test_a_front_end_that_listens_is_dialled_and_dialled_again_when_it_comes_bac
             front.close()
         until_resets(server, device, count + 1)
         os.unlink(path)
-    waiting = [r for r in caplog.records if "dialling until one does" in r.getMessage()]
-    assert waiting, "it says that it waits"
-    assert len(waiting) <= 4, "once for each reason, not for each attempt"
+
+
+def test_why_nobody_is_reached_is_said_once_not_with_each_attempt(
+    server: Server,
+    device: RecordingDevice,
+    path: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(server_module, "DIAL_LONGEST", 0.0)
+    server.connect(path, device)
+    for _ in range(10):
+        server.poller.run_once(1.0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        for _ in range(10):
+            server.poller.run_once(1.0)
+    assert [r.getMessage().split(path)[1] for r in caplog.records] == [
+        ": no front end listens (No such file or directory); dialling until one does",
+        ": no front end listens (Connection refused); dialling until one does",
+    ]
 
 
 def test_a_connected_socket_that_was_handed_over_is_served_and_its_end_is_the_servers(
@@ -654,6 +673,34 @@ def test_nonsense_on_the_back_ends_own_socket_closes_it_alone(
     theirs.close()
 
 
+def test_the_back_ends_own_socket_is_closed_with_the_connection(
+    server: Server, device: RecordingDevice, path: str
+) -> None:
+    server.listen(path, device)
+    front = hello(server, path)
+    theirs, ours = socket.socketpair()
+    theirs.setblocking(False)
+    front.send(encode(Request.SET_BACKEND_REQ_FD), [ours.detach()])
+    front.ask(Request.GET_QUEUE_NUM)
+    front.close()
+    until_resets(server, device, 1)
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+def test_a_message_under_way_when_the_server_ends_leaves_nothing_open(
+    device: RecordingDevice, path: str
+) -> None:
+    with no_fd_leaks():
+        with Server() as server:
+            server.listen(path, device)
+            front = hello(server, path)
+            front.send(encode(Request.SET_VRING_CALL, VringFile(0))[:15], [spare_fd()])
+            server.poller.run_once(1.0)
+        front.close()
+    assert device.resets == 1
+
+
 def test_the_trace_has_both_sides(
     server: Server, device: RecordingDevice, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -730,7 +777,9 @@ def test_a_shortage_of_descriptors_pauses_the_listening_socket_and_ends_nothing(
         """
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    assert "a front end can't be let in: Too many open files" in done.stdout
+    assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()[:-1]] == [
+        "a front end can't be let in: Too many open files"
+    ]
     assert done.stdout.endswith("answered 20\n")
 
 
