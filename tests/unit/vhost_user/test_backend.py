@@ -1,4 +1,4 @@
-"""The back end's session: what each message does to the device, what is answered, and what ends it."""
+"""The back end's session: negotiation, memory, configuration, and what a refusal comes to."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator
 
 import pytest
 
+from fronts import BIT_30, Talk
 from pyvhost.abi import vhost_user as abi
-from pyvhost.abi.vhost_user import BackendRequest, Request
+from pyvhost.abi.vhost_user import Request
 from pyvhost.host import memfd
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.errors import VhostError
-from pyvhost.vhost_user.backend import BackendSession, SessionError
-from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
+from pyvhost.vhost_user.backend import SessionError
 from pyvhost.vhost_user.offer import NOT_OFFERED, PROTOCOL_FEATURES
 from pyvhost.vhost_user.payloads import (
     ALWAYS_ANSWERED,
@@ -46,66 +45,9 @@ from recording_device import (
     spare_fd,
 )
 
-BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
 REPLY_ACK = 1 << abi.PROTOCOL_F_REPLY_ACK
 CONFIG = 1 << abi.PROTOCOL_F_CONFIG
 BACKEND_REQ = 1 << abi.PROTOCOL_F_BACKEND_REQ
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-class Talk:
-    """A front end that says one thing after another to a session."""
-
-    def __init__(self, device: RecordingDevice) -> None:
-        self.device = device
-        self.session = BackendSession(device)
-
-    def raw(self, data: bytes, fds: list[int] | None = None) -> list[Message]:
-        decoder = Decoder(Stream.REQUEST)
-        message = decoder.feed(data[:12], fds or [])
-        if message is None:
-            message = decoder.feed(data[12:])
-        assert message is not None
-        return [decode_one(Stream.REPLY, answer) for answer in self.session.receive(message)]
-
-    def say(
-        self,
-        request: int,
-        payload: Payload | None = None,
-        *,
-        fds: list[int] | None = None,
-        need_reply: bool = False,
-    ) -> Payload | str | None:
-        """The answer's payload; "silence" if there was none."""
-        flags = abi.FLAG_NEED_REPLY if need_reply else 0
-        answers = self.raw(encode(request, payload, flags=flags), fds)
-        if not answers:
-            return "silence"
-        (answer,) = answers
-        assert answer.request == request
-        assert answer.flags == abi.VERSION | abi.FLAG_REPLY, "UML wants exactly this"
-        return answer.payload
-
-    def negotiate(self, bits: int) -> None:
-        assert self.say(Request.SET_PROTOCOL_FEATURES, U64(bits)) == "silence"
-
-    def kick(self, index: int) -> None:
-        self.say(Request.SET_VRING_KICK, VringFile(index), fds=[spare_fd()])
-
-    def enable(self, index: int, on: bool = True) -> None:
-        self.say(Request.SET_VRING_ENABLE, VringState(index, int(on)))
-
-
-@pytest.fixture
-def talk(device: RecordingDevice) -> Iterator[Talk]:
-    with no_fd_leaks():
-        talk = Talk(device)
-        yield talk
-        talk.session.close()
 
 
 # --- real front ends -------------------------------------------------------------------------------
@@ -209,180 +151,6 @@ def test_the_front_end_owns_the_device_whether_it_says_so_or_not(device: Recordi
 def test_queue_number_and_memory_slots_are_the_devices(talk: Talk) -> None:
     assert talk.say(Request.GET_QUEUE_NUM) == U64(4)
     assert talk.say(Request.GET_MAX_MEM_SLOTS) == U64(509)
-
-
-# --- ring states: the specification's, one test for each of the usual mistakes --------------------------
-
-
-def test_a_ring_runs_once_it_is_both_started_and_enabled_in_either_order(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.say(Request.SET_FEATURES, U64(BIT_30))
-    talk.kick(0)
-    assert not device.running
-    talk.enable(0)
-    assert device.running == {0: True}
-    talk.enable(1)
-    assert device.running == {0: True}
-    talk.kick(1)
-    assert device.running == {0: True, 1: True}
-
-
-def test_a_ring_starts_with_set_vring_kick_not_with_the_first_kick(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.enable(0)
-    fd = spare_fd()
-    talk.say(Request.SET_VRING_KICK, VringFile(0), fds=[fd])
-    assert device.running == {0: True}
-    os.set_blocking(fd, False)
-    with pytest.raises(BlockingIOError):
-        os.eventfd_read(fd)
-
-
-def test_a_ring_starts_without_a_kick_descriptor_too_and_is_polled(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.enable(0)
-    talk.say(Request.SET_VRING_KICK, VringFile(0, no_fd=True))
-    assert device.called("set_vring_kick") == [(0, -1)]
-    assert device.running == {0: True}
-
-
-def test_without_bit_30_set_features_enables_all_rings(talk: Talk, device: RecordingDevice) -> None:
-    talk.say(Request.SET_FEATURES, U64(FEATURES))
-    for index in (0, 7):
-        talk.kick(index)
-    assert device.running == {0: True, 7: True}
-
-
-def test_without_bit_30_rings_that_started_before_set_features_run_from_then_on(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.kick(3)
-    assert not device.running
-    talk.say(Request.SET_FEATURES, U64(FEATURES))
-    assert device.running == {3: True}
-
-
-def test_a_repeated_set_features_disables_no_ring(talk: Talk, device: RecordingDevice) -> None:
-    talk.say(Request.SET_FEATURES, U64(FEATURES | BIT_30))
-    talk.kick(0)
-    talk.enable(0)
-    talk.say(Request.SET_FEATURES, U64(FEATURES | BIT_30))
-    assert device.called("set_vring_running") == [(0, True)]
-
-
-def test_set_vring_kick_neither_disables_nor_enables(talk: Talk, device: RecordingDevice) -> None:
-    talk.enable(0)
-    talk.kick(0)
-    talk.kick(0)
-    talk.kick(1)
-    assert device.called("set_vring_running") == [(0, True)]
-
-
-def test_get_vring_base_stops_the_ring_and_does_not_reset_it(talk: Talk, device: RecordingDevice) -> None:
-    talk.say(Request.SET_VRING_BASE, VringState(0, 100))
-    talk.kick(0)
-    talk.enable(0)
-    device.bases[0] = 123
-    assert talk.say(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 123)
-    assert device.running == {0: False}
-    assert talk.say(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 123)
-    names = [call[0] for call in device.calls]
-    stop = device.calls.index(("set_vring_running", 0, False))
-    assert stop < names.index("get_vring_base")
-    assert not device.called("set_vring_num")
-
-
-def test_a_stopped_ring_stays_enabled_and_runs_again_with_the_next_kick(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.enable(0)
-    talk.kick(0)
-    talk.say(Request.GET_VRING_BASE, VringState(0, 0))
-    talk.kick(0)
-    assert device.called("set_vring_running") == [(0, True), (0, False), (0, True)]
-
-
-def test_qemu_disables_before_it_reads_the_base(talk: Talk, device: RecordingDevice) -> None:
-    talk.enable(0)
-    talk.kick(0)
-    talk.enable(0, on=False)
-    assert device.running == {0: False}
-    assert talk.say(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 0)
-    talk.enable(0)
-    assert device.running == {0: False}
-
-
-def test_the_kick_descriptor_that_came_before_enable_is_the_one_that_is_used(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    """A kick before SET_VRING_ENABLE stays in its eventfd: nobody has read it when the ring begins to run."""
-    fd = spare_fd()
-    talk.say(Request.SET_VRING_KICK, VringFile(0), fds=[fd])
-    os.eventfd_write(fd, 1)
-    talk.enable(0)
-    assert device.called("set_vring_kick") == [(0, fd)]
-    assert os.eventfd_read(fd) == 1
-
-
-def test_set_status_0_stops_the_rings_and_forgets_nothing(talk: Talk, device: RecordingDevice) -> None:
-    """QEMU 7.2 sends it before GET_VRING_BASE, and afterwards not its memory again."""
-    talk.enable(0)
-    talk.kick(0)
-    device.bases[0] = 5
-    talk.say(Request.SET_STATUS, U64(0xF))
-    before = len(device.calls)
-    talk.say(Request.SET_STATUS, U64(0))
-    assert device.calls[before:] == [("set_vring_running", 0, False)]
-    assert talk.say(Request.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 5)
-    talk.kick(0)
-    assert device.running == {0: True}
-
-
-def test_reset_owner_disables_all_rings_and_forgets_nothing(talk: Talk, device: RecordingDevice) -> None:
-    for index in (0, 1):
-        talk.enable(index)
-        talk.kick(index)
-    talk.say(Request.RESET_OWNER)
-    assert device.running == {0: False, 1: False}
-    assert device.resets == 0
-    talk.enable(0)
-    assert device.running == {0: True, 1: False}
-
-
-def test_reset_device_stops_and_disables_and_keeps_owner_memory_and_connection(
-    talk: Talk, device: RecordingDevice
-) -> None:
-    talk.negotiate(REPLY_ACK)
-    talk.say(Request.SET_FEATURES, U64(FEATURES | BIT_30))
-    talk.enable(0)
-    talk.kick(0)
-    talk.say(Request.SET_STATUS, U64(0xF))
-    assert talk.say(Request.RESET_DEVICE, need_reply=True) == U64(0)
-    assert device.running == {0: False}
-    assert device.called("set_features")[-1] == (0,)
-    assert device.called("set_vring_base") == [(i, 0) for i in range(8)]
-    assert talk.say(Request.GET_STATUS) == U64(0)
-    talk.kick(0)
-    assert device.running == {0: False}, "it was disabled"
-    talk.enable(0)
-    assert device.running == {0: True}
-    assert device.resets == 0
-    assert device.called("set_owner") == [()]
-
-
-def test_a_ring_that_the_device_cant_run_stays_as_it_was(talk: Talk, device: RecordingDevice) -> None:
-    talk.negotiate(REPLY_ACK)
-    talk.enable(0)
-    device.refuse("set_vring_running", errno.EFAULT, "vring 0: it has no addresses")
-    kick = spare_fd()
-    assert talk.say(Request.SET_VRING_KICK, VringFile(0), fds=[kick], need_reply=True) == U64(errno.EFAULT)
-    assert (talk.session.rings[0].started, talk.session.rings[0].enabled) == (False, True)
-    device.refusals.clear()
-    talk.kick(0)
-    assert device.running == {0: True}
 
 
 # --- rings, memory, configuration ------------------------------------------------------------------
@@ -616,150 +384,6 @@ def test_a_devices_own_fault_is_not_taken_for_the_front_ends(talk: Talk, device:
     device.refusals["set_vring_num"] = ZeroDivisionError("a bug")  # type: ignore[assignment]
     with pytest.raises(ZeroDivisionError):
         talk.say(Request.SET_VRING_NUM, VringState(0, 1))
-
-
-# --- the back end's own requests -------------------------------------------------------------------
-
-
-class Channel:
-    """A session with a socket of SET_BACKEND_REQ_FD, and what is told on it."""
-
-    def __init__(self, talk: Talk, bits: int) -> None:
-        self.talk = talk
-        talk.negotiate(bits)
-        self.theirs, ours = socket.socketpair()
-        talk.say(Request.SET_BACKEND_REQ_FD, fds=[ours.detach()])
-        self.fd = talk.session.take_backend_fd()
-        self.roused = 0
-        talk.session.on_backend_output = self.rouse
-
-    def rouse(self) -> None:
-        self.roused += 1
-
-    def told(self) -> list[Message]:
-        """Take what the session has to say, as whoever sends it does."""
-        messages = []
-        while self.talk.session.backend_output:
-            data = bytes(self.talk.session.backend_output)
-            self.talk.session.backend_output.clear()
-            messages.append(decode_one(Stream.BACKEND_REQUEST, data))
-            self.talk.session.announce()
-        return messages
-
-    def acknowledge(self, value: int = 0) -> None:
-        data = encode(BackendRequest.CONFIG_CHANGE_MSG, U64(value), flags=abi.FLAG_REPLY)
-        self.talk.session.receive_backend_reply(decode_one(Stream.BACKEND_REPLY, data))
-
-    def close(self) -> None:
-        self.theirs.close()
-        os.close(self.fd)
-
-
-@pytest.fixture
-def channel(talk: Talk) -> Iterator[Channel]:
-    channel = Channel(talk, CONFIG | BACKEND_REQ | REPLY_ACK)
-    yield channel
-    channel.close()
-
-
-def change(device: RecordingDevice) -> None:
-    assert device.config_changed is not None
-    device.config_changed()
-
-
-def test_a_change_of_the_configuration_is_told_and_its_answer_awaited(
-    talk: Talk, device: RecordingDevice, channel: Channel
-) -> None:
-    talk.kick(0)
-    change(device)
-    assert channel.roused == 1
-    (message,) = channel.told()
-    assert (message.name, message.need_reply) == ("CONFIG_CHANGE_MSG", True)
-    change(device)
-    change(device)
-    assert channel.told() == []
-    channel.acknowledge()
-    assert len(channel.told()) == 1
-    channel.acknowledge()
-    assert channel.told() == []
-
-
-def test_a_suspended_front_end_is_told_when_a_ring_starts(
-    talk: Talk, device: RecordingDevice, channel: Channel
-) -> None:
-    change(device)
-    assert channel.told() == []
-    talk.kick(0)
-    assert len(channel.told()) == 1
-    channel.acknowledge()
-    talk.say(Request.GET_VRING_BASE, VringState(0, 0))
-    change(device)
-    assert channel.told() == []
-
-
-def test_without_reply_ack_no_answer_is_awaited(talk: Talk, device: RecordingDevice) -> None:
-    channel = Channel(talk, CONFIG | BACKEND_REQ)
-    talk.kick(0)
-    for _ in range(2):
-        change(device)
-        (message,) = channel.told()
-        assert not message.need_reply
-    channel.close()
-
-
-def test_what_was_not_sent_yet_is_not_said_twice(talk: Talk, device: RecordingDevice) -> None:
-    channel = Channel(talk, CONFIG | BACKEND_REQ)
-    talk.kick(0)
-    for _ in range(1000):
-        change(device)
-    assert len(talk.session.backend_output) == 12
-    channel.close()
-
-
-def test_without_config_or_without_the_socket_nothing_is_told(talk: Talk, device: RecordingDevice) -> None:
-    talk.negotiate(CONFIG | BACKEND_REQ)
-    talk.kick(0)
-    change(device)
-    assert not talk.session.backend_output
-    channel = Channel(talk, BACKEND_REQ)
-    change(device)
-    assert channel.told() == []
-    channel.close()
-
-
-def test_nothing_is_told_once_nobody_listens(talk: Talk, device: RecordingDevice, channel: Channel) -> None:
-    talk.kick(0)
-    talk.session.backend_channel_closed()
-    change(device)
-    assert channel.told() == []
-
-
-def test_a_refused_announcement_is_logged(
-    talk: Talk, device: RecordingDevice, channel: Channel, caplog: pytest.LogCaptureFixture
-) -> None:
-    talk.kick(0)
-    change(device)
-    channel.told()
-    with caplog.at_level(logging.WARNING):
-        channel.acknowledge(1)
-    assert "refused CONFIG_CHANGE_MSG (1)" in caplog.text
-
-
-def test_the_back_ends_socket_must_be_one(talk: Talk) -> None:
-    with pytest.raises(SessionError, match=r"SET_BACKEND_REQ_FD.*is not a socket"):
-        talk.say(Request.SET_BACKEND_REQ_FD, fds=[spare_fd()])
-
-
-def test_a_socket_that_nobody_took_is_closed_with_its_successor_and_with_the_session(
-    device: RecordingDevice,
-) -> None:
-    with no_fd_leaks():
-        talk = Talk(device)
-        for _ in range(2):
-            ours, theirs = socket.socketpair()
-            ours.close()
-            talk.say(Request.SET_BACKEND_REQ_FD, fds=[theirs.detach()])
-        talk.session.close()
 
 
 # --- what a person is told ---------------------------------------------------------------------------
