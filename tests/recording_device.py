@@ -23,8 +23,9 @@ from pyvhost.dataplane import blocks
 from pyvhost.host.fds import close_all
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryRegion
-from pyvhost.vhost.device import Device, Place, Vring
+from pyvhost.vhost.device import Device
 from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.vring import Place, Vring
 
 DATA = Path(__file__).parent / "unit" / "vhost_user" / "data"
 

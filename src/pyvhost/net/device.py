@@ -28,8 +28,10 @@ from pyvhost.net.pcap import Recorder
 from pyvhost.net.process import Process
 from pyvhost.net.switches import SwitchPlane
 from pyvhost.vhost.chains import Chain, PythonRing
-from pyvhost.vhost.device import Device, Place
+from pyvhost.vhost.device import Device
 from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.vring import Place
+from pyvhost.vhost.worker import Int64s
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +87,15 @@ class NetDevice(Device):
         self._pcap = pcap
         self._recorder: Recorder | None = None
         self._status = abi.S_LINK_UP
+        #: What this device was made with: address and MTU.
+        self._own = (self._mac, self._mtu)
+        #: The features that the rest here is set to.
+        self._former = 0
         self._driver_pairs: int | None = None
         self._running_pairs = 0
         self._offloads_off = 0
         self._control: PythonRing | None = None
+        self._control_row: Int64s | None = None
 
     def attach(self, poller: Poller) -> None:
         """Opens the backend and takes its place in the process's workers."""
@@ -103,13 +110,17 @@ class NetDevice(Device):
                 assert self.backend.group is not None
                 self.switch = SwitchPlane.of(self.backend.group, process)
                 self.member = self.switch.join()
-            self.pairs = [Pair(process, self, i, self._busy_ns) for i in range(self.queue_pairs)]
+            self._own = (self._mac, self._mtu)
+            for i in range(self.queue_pairs):
+                self.pairs.append(Pair(process, self, i, self._busy_ns))
             if self._pcap is not None:
                 self._recorder = Recorder(self._pcap, self.name, self.queue_pairs)
                 for pair, address in zip(self.pairs, self._recorder.addresses, strict=True):
                     pair.record(address)
-            row = process.row(self.name, "net", "ctrl", self.backend.spec)
-            self._control = PythonRing(f"{self.name}: control queue", self._command, poller, row)
+            self._control_row = process.row(self.name, "net", "ctrl", self.backend.spec)
+            self._control = PythonRing(
+                f"{self.name}: control queue", self._command, poller, self._control_row
+            )
             self.features_changed()
             for pair, fd in zip(self.pairs, fds, strict=True):
                 pair.use_fd(fd)
@@ -136,21 +147,35 @@ class NetDevice(Device):
         pairs = self.queue_pairs if self.acked_features >> abi.F_MQ & 1 else 1
         if index == 2 * pairs and self._control is not None:
             return self._control
+        if index >= 2 * len(self.pairs):
+            raise VhostError(
+                errno.EINVAL,
+                f"{self.name}: vring {index} is none of this device's while MQ is not negotiated",
+            )
         return self.pairs[index // 2].place(index % 2)
+
+    def reset(self) -> None:
+        """Everything as new: what a driver said of address and MTU goes with its front end."""
+        super().reset()
+        self._mac, self._mtu = self._own
+        self._status &= ~abi.S_ANNOUNCE
 
     def features_changed(self) -> None:
         """Sets ports and backend to what was negotiated."""
+        changed, self._former = self._former ^ self.acked_features, self.acked_features
         several = features.mask(abi.F_MQ, abi.F_CTRL_VQ)
         # Where the control queue is ours, the driver uses one pair until it says otherwise (5.1.6.5.5).
-        self._driver_pairs = 1 if self.acked_features & several == several else None
-        self._offloads_off = 0
+        if changed & several:
+            self._driver_pairs = 1 if self.acked_features & several == several else None
+        if changed & _GUEST_OFFLOADS:
+            self._offloads_off = 0
         self._set_ports()
+        if changed & several:
+            self.running_changed()
 
     def running_changed(self) -> None:
         """Sets the backend to the queue pairs that are served now."""
-        running = [pair for pair in self.pairs if pair.running]
-        if self._driver_pairs is not None:
-            running = running[: self._driver_pairs]
+        running = [pair for pair in self.pairs[: self._driver_pairs] if pair.running]
         if len(running) != self._running_pairs:
             self._running_pairs = len(running)
             self._host(lambda: self.backend.set_pairs(max(1, len(running))))
@@ -183,10 +208,10 @@ class NetDevice(Device):
             self.switch.announce(self.member, mac, frame)
         elif self.backend.fds and self.backend.fds[0] >= 0:
             if self.backend.kind == blocks.PORT_STREAM:
-                data = len(frame).to_bytes(4, "big") + frame
+                self._host(lambda: self.pairs[0].send_framed(frame))
             else:
                 data = bytes(self.backend.header_size) + frame
-            self._host(lambda: os.write(self.backend.fds[0], data))
+                self._host(lambda: os.write(self.backend.fds[0], data))
 
     def set_mtu(self, mtu: int) -> None:
         """Takes the guest's MTU. EINVAL: outside 68 to 65535."""
@@ -218,9 +243,12 @@ class NetDevice(Device):
         for pair in self.pairs:
             pair.close()
         self.pairs = []
-        if self.switch is not None:
+        if self.switch is not None and self.member >= 0:
             self.switch.leave(self.member)
-            self.switch = None
+        self.switch, self.member = None, -1
+        if self._control_row is not None:
+            Process.get().counters.release(self._control_row)
+        self._control = self._control_row = None
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

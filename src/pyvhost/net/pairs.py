@@ -6,6 +6,7 @@ Promises: the worker is paused while its arrays change. Never: decides what was 
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -34,6 +35,7 @@ class Pair:
         self._fd = -1
         self._memory: list[Int64s] = []
         self.worker = device.switch.worker if device.switch else process.worker()
+        self._device = device
         self._rows = [process.row(device.name, "net", f"{way}{index}", backend.spec) for way in ("rx", "tx")]
         with self.worker.paused():
             self.port = self.worker.add_port()
@@ -74,7 +76,8 @@ class Pair:
     @property
     def running(self) -> bool:
         """Whether its guest can be reached through it."""
-        return bool(self.worker.rings[self._rings[RX]]["running"])
+        # A ring that stands still after a fault runs on at its next kick.
+        return self._device.vrings[2 * self.index + RX].place is self._places[RX]
 
     def negotiated(self, taken: int, header: int, fd_header: int) -> None:
         """Takes over features; called while paused."""
@@ -86,8 +89,26 @@ class Pair:
         record["guest_gso"] = features.gso_types(taken)
 
     def use_fd(self, fd: int) -> None:
-        """Takes the backend's new descriptor in place of the old one."""
-        self._fd = self.worker.use_fd(self.port, self._fd, fd)
+        """Takes the backend's new descriptor in place of the old one; what is under way on the same one stays."""
+        if fd != self._fd:
+            self._fd = self.worker.use_fd(self.port, self._fd, fd)
+
+    def send_framed(self, frame: bytes) -> None:
+        """Sends a frame on a stream, between the guest's; not if the stream is full. OSError: the host's."""
+        with self.worker.paused():
+            record = self.worker.ports[self.port]
+            if record["fd"] < 0 or record["unsent_bytes"]:
+                return
+            data = len(frame).to_bytes(4, "big") + frame
+            try:
+                rest = data[os.write(int(record["fd"]), data) :]
+            except BlockingIOError:
+                return
+            if rest:
+                ctypes.memmove(int(record["unsent"]), rest, len(rest))
+                record["unsent_at"] = 0
+                record["unsent_bytes"] = len(rest)
+                record["writable"] = 0
 
     def record(self, address: int) -> None:
         """Has its frames recorded in a tap ring."""

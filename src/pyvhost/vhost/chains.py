@@ -24,7 +24,7 @@ from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, 
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.vhost import faults
-from pyvhost.vhost.device import Vring
+from pyvhost.vhost.vring import Vring
 from pyvhost.vhost.worker import Int64s
 
 _log = logging.getLogger(__name__)

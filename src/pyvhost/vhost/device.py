@@ -17,9 +17,8 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Final
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
@@ -30,6 +29,7 @@ from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import Guard, Mapping, MemoryRegion, MemoryTable
 from pyvhost.vhost import lost
 from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.vring import Place, Vring
 
 _log = logging.getLogger(__name__)
 
@@ -46,41 +46,6 @@ TRANSPORT_FEATURES: Final = sum(
 )
 
 _guard = Guard(guard.protect, guard.release, guard.lost)
-
-
-@dataclass
-class Vring:
-    """A virtqueue as the front end set it up. Addresses are the front end's own; -1: no descriptor."""
-
-    index: int
-    num: int = 0
-    base: int = 0
-    flags: int = 0
-    desc: int | None = None
-    used: int = 0
-    avail: int = 0
-    log: int = 0
-    kick: int = -1
-    call: int = -1
-    err: int = -1
-    #: The transport wants it to run; it does as soon as it has addresses.
-    wanted: bool = False
-    place: Place | None = None
-
-
-class Place(Protocol):
-    """Where a running vring's record (`blocks.RING`) is, and who reads it."""
-
-    @property
-    def record(self) -> Any: ...
-    def paused(self) -> AbstractContextManager[None]:
-        """While this is held nobody reads or changes the record."""
-
-    def begin(self, vring: Vring) -> None:
-        """The record is filled: serve it. Called while paused."""
-
-    def end(self, vring: Vring) -> None:
-        """Serve it no more. Called while paused."""
 
 
 class Device(ABC):
@@ -397,6 +362,12 @@ class Device(ABC):
                 raise VhostError(
                     errno.EFAULT, f"{self.name}: vring {vring.index}: {what}: {error.strerror}"
                 ) from None
+        # What is aligned for the front end need not be so here: that is its mapping's choice.
+        if found[1] % virtio.VRING_AVAIL_ALIGN_SIZE or found[2] % virtio.VRING_USED_ALIGN_SIZE:
+            raise VhostError(
+                errno.EINVAL,
+                f"{self.name}: vring {vring.index}: its region's offset in the file leaves its rings unaligned",
+            )
         return found[0], found[1], found[2]
 
     @staticmethod
@@ -419,6 +390,11 @@ class Device(ABC):
             )
         parts = self._translate(vring, self._table)
         place = self.place_of(vring.index)
+        if any(other.place is place for other in self.vrings):
+            raise VhostError(
+                errno.EBUSY,
+                f"{self.name}: vring {vring.index}: another one runs in its place since before MQ",
+            )
         with place.paused():
             record = place.record
             record["num"] = vring.num
@@ -474,8 +450,12 @@ class Device(ABC):
                 self._replace_fd(vring, name, fd)
                 place.begin(vring)
             else:
+                first = name == "call" and vring.call < 0
                 self._replace_fd(vring, name, fd)
                 place.record[f"{name}_fd"] = fd
+                if first and fd >= 0:
+                    # What was used before nobody was called for.
+                    eventfd.signal(fd)
 
     def _check_fd(self, vring: Vring, name: str, fd: int) -> None:
         """A kick is an eventfd. A call or err may be a pipe or a socket as well: UML's is one of a pair."""

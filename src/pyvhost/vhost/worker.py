@@ -26,7 +26,7 @@ from pyvhost.dataplane import blocks
 from pyvhost.vhost import faults
 
 if TYPE_CHECKING:
-    from pyvhost.vhost.device import Vring
+    from pyvhost.vhost.vring import Vring
 
 _log = logging.getLogger(__name__)
 
