@@ -30,6 +30,7 @@ class Queue:
         self.kicks = 0
         self.kicks_spared = 0
         self.calls = 0
+        self.errors = 0
 
     def kick(self) -> None:
         """Kick, asked for or not."""
@@ -54,7 +55,9 @@ class Queue:
 
     def take_errors(self) -> int:
         """How often err was signalled since this was last asked."""
-        return eventfd.drain(self.err_fd)
+        errors = eventfd.drain(self.err_fd)
+        self.errors += errors
+        return errors
 
     def wait_error(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for err; whether it came. Takes it."""
