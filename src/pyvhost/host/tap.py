@@ -80,6 +80,9 @@ def open_tap(name: str, queues: int = 1, *, vnet_hdr: bool = True) -> list[int]:
             fds.append(_attach(name, flags | IFF_MULTI_QUEUE))
         while len(fds) < queues:
             fds.append(_attach(name, flags | IFF_MULTI_QUEUE))
+        # The one who attaches first says how frames travel; whoever joins later is not heard, nor told.
+        if _iff(fds[0])[1] & IFF_VNET_HDR != flags & IFF_VNET_HDR:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         if vnet_hdr:
             set_vnet_hdr_size(fds[0], 10)
             set_vnet_le(fds[0])

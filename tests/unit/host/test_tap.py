@@ -203,6 +203,19 @@ def test_a_tap_in_use_is_busy(ip: Ip) -> None:
     os.close(fd)
 
 
+def test_a_tap_that_another_uses_in_another_way_is_busy(ip: Ip) -> None:
+    """Frames would come without the header, or with one that nobody expects, and no error says so."""
+    fds = tap.open_tap("shared", 2, vnet_hdr=False)
+    error = refused("shared", 2)
+    assert error.errno == errno.EBUSY
+    close_all(fds)
+    fds = tap.open_tap("shared", 2)
+    close_all(tap.open_tap("shared", 2))
+    with pytest.raises(OSError, match="in use"):
+        tap.open_tap("shared", 2, vnet_hdr=False)
+    close_all(fds)
+
+
 def test_more_queues_than_a_tap_has(ip: Ip) -> None:
     ip("tuntap add single mode tap")
     error = refused("single", 2)

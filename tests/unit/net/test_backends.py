@@ -16,6 +16,7 @@ import pytest
 from netns import network_namespace
 from pyvhost.abi import virtio_net
 from pyvhost.host import interface, tap
+from pyvhost.host.fds import close_all
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.net.backends import registry, user
 from pyvhost.net.backends.base import Backend
@@ -309,6 +310,33 @@ def test_a_deleted_tap_is_opened_again_when_it_is_there_again(ip: Ip, poller: Po
     while not device.seen[-1][1]:
         device.next()
     backend.close()
+
+
+def test_a_tap_whose_maker_still_holds_it_is_opened_when_it_lets_go(
+    ip: Ip, poller: Poller, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A queue of another's, without the header, decides how frames travel on all of them."""
+    backend = registry.make("tap:vm0")
+    device = Device(backend, poller)
+    backend.open(2, poller)
+    ip("link del vm0")
+    device.next()
+    fds = tap.open_tap("vm0", 2, vnet_hdr=False)
+    ip("link set vm0 up")
+    while "can't be opened again yet" not in caplog.text:
+        poller.run_once()
+    assert backend.fds == [-1, -1]
+    tap_persist(fds[0])
+    close_all(fds)
+    while backend.fds[0] < 0:
+        device.next()
+    assert caplog.text.count("can't be opened again yet") == 1
+    backend.close()
+    ip("link del vm0")
+
+
+def tap_persist(fd: int) -> None:
+    fcntl.ioctl(fd, 0x400454CB, 1)  # TUNSETPERSIST
 
 
 def is_open(fd: int) -> bool:

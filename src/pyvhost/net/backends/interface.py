@@ -12,8 +12,12 @@ from abc import abstractmethod
 from pyvhost.host import interface
 from pyvhost.host.fds import close_all
 from pyvhost.host.links import LinkMonitor
-from pyvhost.host.poller import Poller
+from pyvhost.host.poller import Poller, Timer
 from pyvhost.net.backends.base import Backend, PortKind
+
+#: Seconds between attempts to open an interface that is there again but refuses: from, to, doubling.
+RETRY_FIRST = 0.05
+RETRY_MOST = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +32,11 @@ class InterfaceBackend(Backend):
         self.name = name
         self.header_size = 10
         self._pairs = 0
+        self._poller: Poller | None = None
         self._monitor: LinkMonitor | None = None
+        self._timer: Timer | None = None
+        self._delay = RETRY_FIRST
+        self._refusal = ""
         #: What the device knows: descriptors and link.
         self._told: tuple[list[int], bool] = ([], False)
 
@@ -54,6 +62,7 @@ class InterfaceBackend(Backend):
     def open(self, queue_pairs: int, poller: Poller | None = None) -> list[int]:
         self.check_pairs(queue_pairs)
         self._pairs = queue_pairs
+        self._poller = poller
         self.fds = self._open_fds(queue_pairs)
         try:
             self._set_up()
@@ -66,6 +75,7 @@ class InterfaceBackend(Backend):
         return self.fds
 
     def close(self) -> None:
+        self._no_retry()
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
@@ -101,8 +111,22 @@ class InterfaceBackend(Backend):
             self.fds = self._open_fds(self._pairs)
             self._set_up()
         except (OSError, ValueError) as error:
-            _log.warning("%s: it can't be opened again: %s", self.spec, error)
             close_all(self.fds)
             self.fds = [-1] * self._pairs
+            if str(error) != self._refusal:
+                self._refusal = str(error)
+                _log.warning("%s: it can't be opened again yet: %s", self.spec, error)
+            # Who made it may still hold it, and nobody tells of its letting go.
+            if self._poller is not None and (self._timer is None or not self._timer.pending):
+                self._timer = self._poller.call_later(self._delay, self._look)
+                self._delay = min(2 * self._delay, RETRY_MOST)
         else:
             _log.info("%s: interface %s is there again", self.spec, self.name)
+            self._no_retry()
+
+    def _no_retry(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._delay = RETRY_FIRST
+        self._refusal = ""
