@@ -125,6 +125,7 @@ def test_the_sentence_says_who_waits_and_where_the_time_goes() -> None:
         "pyvhost's back end is the limit; its time is 80% compiled loop, 19% memory copies; "
         "the peer's is 100% librte_vhost"
     )
+    assert "19% memory copies, in bursts of 31;" in where_time_goes(replace(limited, ours_burst=31.4))
     front = where_time_goes(replace(limited, ours_limits=False, ours_samples=None, theirs_samples=None))
     assert front.startswith("the front end is the limit")
     assert "90% of its time is user, 10% system" in front

@@ -31,6 +31,7 @@ from pyvhost.cli.bench.testpmd import (
     back_end_arguments,
     front_end_arguments,
 )
+from pyvhost.observe import reader
 
 OURS = "pyvhost"
 THEIRS = "DPDK"
@@ -95,6 +96,7 @@ class Account:
     (None for a back end that does not). `waits`: the share of the front end's looks that found nothing to
     receive, or of its packets that found the ring full. `back_end_limits`: whether that says that the back
     end is what holds the pair up. `samples`: shares of the back end's time (perf), None without perf.
+    `burst`: how many packets our back end takes at a time, by its counters; None for the peer's.
     """
 
     packets: int
@@ -103,6 +105,7 @@ class Account:
     waits: float
     back_end_limits: bool
     samples: dict[str, float] | None
+    burst: float | None = None
 
 
 def judge_front_end(stats: ForwardStats, counts: str, seconds: float) -> tuple[int, float, bool]:
@@ -184,6 +187,13 @@ class Pair:
         )
         self.measured.awake_seconds += time.monotonic() - woken
         self.measured.mpps.append((seen.tx_pps if self.counts == "tx" else seen.rx_pps) / 1e6)
+
+
+def mean_burst(pid: int) -> float | None:
+    """Packets a burst, over all rings of a process of ours since it started; None if it counts nothing."""
+    rows = [row for process in reader.snapshot().processes if process.pid == pid for row in process.rows]
+    bursts = sum(row.get("bursts") for row in rows)
+    return sum(row.get("packets") for row in rows) / bursts if bursts else None
 
 
 def record(testpmd: Testpmd) -> None:
@@ -283,6 +293,7 @@ class Bench:
             waits=waits,
             back_end_limits=back_end_limits,
             samples=profile.samples(back.pid, ACCOUNT_SECONDS),
+            burst=None if isinstance(back, Testpmd) else mean_burst(back.pid),
         )
         pair.pause()
 

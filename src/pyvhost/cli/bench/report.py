@@ -90,7 +90,8 @@ def where_time_goes(row: Result) -> str:
         theirs = f"the peer's is {_shares(row.theirs_samples)}"
     else:
         theirs = f"the peer's is {1 - row.theirs_system_share:.0%} user"
-    return f"{limit}; {ours}; {theirs}"
+    bursts = f", in bursts of {row.ours_burst:.0f}" if row.ours_burst is not None else ""
+    return f"{limit}; {ours}{bursts}; {theirs}"
 
 
 def syscall_table(results: list[SyscallResult]) -> Table:

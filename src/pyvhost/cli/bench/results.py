@@ -38,6 +38,7 @@ class Result:
     ours_samples: dict[str, float] | None
     theirs_samples: dict[str, float] | None
     round_trip_ns: Spread | None
+    ours_burst: float | None = None
 
     @property
     def distance(self) -> str:
@@ -78,6 +79,7 @@ def result(row: Row) -> Result:
         ours_samples=ours.samples,
         theirs_samples=theirs.samples,
         round_trip_ns=spread(row.round_trips_ns) if row.round_trips_ns else None,
+        ours_burst=ours.burst,
     )
 
 
