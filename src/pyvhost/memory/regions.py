@@ -50,6 +50,11 @@ class MemoryRegion:
     def __str__(self) -> str:
         return f"region {self.guest_phys_addr:#x}+{self.memory_size:#x}"
 
+    @property
+    def where(self) -> tuple[int, int, int]:
+        """What tells it from others: guest address, size, the front end's address."""
+        return self.guest_phys_addr, self.memory_size, self.userspace_addr
+
     def check(self) -> None:
         """OSError EINVAL or EFAULT: a size of 0, or an address range that wraps."""
         if self.memory_size <= 0:

@@ -68,6 +68,8 @@ class Device(ABC):
         #: The session's: called when the front end has taken its memory away (`lost_memory`).
         self.memory_lost: Callable[[], None] | None = None
         self._table = MemoryTable()
+        #: How often each region of the table was added.
+        self._added: dict[tuple[int, int, int], int] = {}
 
     def attach(self, poller: Poller) -> None:
         """Whoever serves the device says on which loop, once, before anything else."""
@@ -144,6 +146,7 @@ class Device(ABC):
             self.vrings[vring.index] = Vring(vring.index)
         self._table.close()
         self._table = MemoryTable()
+        self._added.clear()
         self.owned = False
         if self.acked_features:
             self.acked_features = 0
@@ -179,6 +182,7 @@ class Device(ABC):
             while rest:
                 made.append(Mapping.make(rest.pop(0), _guard))
             self._swap(made)
+            self._added = {mapping.region.where: 1 for mapping in made}
         except OSError as error:
             for mapping in made:
                 mapping.drop()
@@ -187,7 +191,15 @@ class Device(ABC):
             _close(region.fd for region in rest)
 
     def add_mem_region(self, region: MemoryRegion) -> None:
-        """One region more (VHOST_USER_ADD_MEM_REG). E2BIG, EINVAL, EFAULT as `set_mem_table`."""
+        """One region more (VHOST_USER_ADD_MEM_REG). E2BIG, EINVAL, EFAULT as `set_mem_table`.
+
+        The same region again is the same region, and goes when it was removed as often: QEMU 7.2 adds and
+        removes each once a queue pair.
+        """
+        if region.where in self._added:
+            self._added[region.where] += 1
+            _close([region.fd])
+            return
         if len(self._table) >= self.max_mem_slots:
             _close([region.fd])
             raise VhostError(errno.E2BIG, f"{self.name}: {self.max_mem_slots} regions are all there can be")
@@ -199,24 +211,23 @@ class Device(ABC):
             if mapping is not None and mapping.tables == 0:
                 mapping.drop()
             raise self._refused(error) from error
+        self._added[region.where] = 1
 
     def remove_mem_region(self, region: MemoryRegion) -> None:
         """One region less, named by its addresses and size (VHOST_USER_REM_MEM_REG). EINVAL: there is none such."""
-        wanted = (region.guest_phys_addr, region.memory_size, region.userspace_addr)
-        kept = [
-            mapping
-            for mapping in self._table.mappings
-            if (mapping.region.guest_phys_addr, mapping.region.memory_size, mapping.region.userspace_addr)
-            != wanted
-        ]
-        if len(kept) == len(self._table):
+        where = region.where
+        if where not in self._added:
             raise VhostError(
                 errno.EINVAL, f"{self.name}: no {region} at {region.userspace_addr:#x} to remove"
             )
-        try:
-            self._swap(kept)
-        except OSError as error:
-            raise self._refused(error) from error
+        if self._added[where] == 1:
+            try:
+                self._swap([mapping for mapping in self._table.mappings if mapping.region.where != where])
+            except OSError as error:
+                raise self._refused(error) from error
+            del self._added[where]
+        else:
+            self._added[where] -= 1
 
     def set_vring_num(self, index: int, num: int) -> None:
         """VHOST_SET_VRING_NUM. EBUSY: it runs; EINVAL: not a power of two of at most 32768."""
