@@ -6,13 +6,14 @@ thread is raised. Never: looks into a device but on its own thread (`ask`).
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from pyvhost.driver.vhost_user import VhostUserFrontend
+from pyvhost.driver.vhost_user import PROTOCOL_FEATURES, VhostUserFrontend
 from pyvhost.net.device import NetDevice
 from pyvhost.vhost_user.server import Server
 
@@ -25,13 +26,27 @@ PATIENCE = 30.0
 class BackEnd:
     """`devices`, each at a socket of its own in `directory`."""
 
-    def __init__(self, directory: Path, *devices: NetDevice) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        *devices: NetDevice,
+        dial: Path | None = None,
+        handed_over: socket.socket | None = None,
+    ) -> None:
+        """`dial`: the first device's front end listens there; `handed_over`: it has this socket already."""
         self.devices = devices
-        self.paths = [directory / f"device{at}" for at in range(len(devices))]
+        self.paths: list[Path] = []
         self._server = Server()
         try:
-            for path, device in zip(self.paths, devices, strict=True):
-                self._server.listen(path, device)
+            if dial is not None:
+                self._server.connect(dial, self.device)
+            elif handed_over is not None:
+                self._server.serve_fd(handed_over.detach(), self.device)
+            else:
+                assert directory is not None
+                self.paths = [directory / f"device{at}" for at in range(len(devices))]
+                for path, device in zip(self.paths, devices, strict=True):
+                    self._server.listen(path, device)
         except BaseException:
             self._server.close()
             for device in devices:
@@ -52,9 +67,11 @@ class BackEnd:
         """The first device."""
         return self.devices[0]
 
-    def connect(self, at: int = 0) -> VhostUserFrontend:
+    def connect(self, at: int = 0, protocol_features: int = PROTOCOL_FEATURES) -> VhostUserFrontend:
         """A front end, connected to the socket of device `at`."""
-        return VhostUserFrontend.connect(self.paths[at], timeout=PATIENCE)
+        return VhostUserFrontend.connect(
+            self.paths[at], timeout=PATIENCE, protocol_features=protocol_features
+        )
 
     def ask(self, function: Callable[[], T]) -> T:
         """What `function` returns on the control thread."""

@@ -51,16 +51,22 @@ PROTOCOL_FEATURES = (
     | 1 << abi.PROTOCOL_F_CONFIGURE_MEM_SLOTS
     | 1 << abi.PROTOCOL_F_STATUS
 )
-"""What `negotiate` asks for when it is not told."""
+"""What a front end asks for when it is not told."""
 
 _BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
 
 
 class VhostUserFrontend:
-    """One connection to a back end; `timeout`, in seconds, bounds each wait for it."""
+    """One connection to a back end; `timeout`, in seconds, bounds each wait for it.
 
-    def __init__(self, connection: socket.socket, *, timeout: float = 10.0) -> None:
+    `protocol_features` is what `negotiate` asks for of these; 0 does without them.
+    """
+
+    def __init__(
+        self, connection: socket.socket, *, timeout: float = 10.0, protocol_features: int = PROTOCOL_FEATURES
+    ) -> None:
         self.socket = connection
+        self.protocol_features = protocol_features
         self.timeout = timeout
         self.socket.settimeout(timeout)
         self.session = protocol.FrontendSession()
@@ -70,7 +76,13 @@ class VhostUserFrontend:
         self._channel_decoder = Decoder(Stream.BACKEND_REQUEST)
 
     @classmethod
-    def connect(cls, path: str | os.PathLike[str], *, timeout: float = 10.0) -> Self:
+    def connect(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float = 10.0,
+        protocol_features: int = PROTOCOL_FEATURES,
+    ) -> Self:
         """Dial a back end that listens at `path`. OSError as connect(2), with the path."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -80,7 +92,7 @@ class VhostUserFrontend:
             connection.close()
             why = f"no back end to connect to: {error.strerror or 'it does not accept'}"
             raise OSError(error.errno, why, os.fspath(path)) from None
-        return cls(connection, timeout=timeout)
+        return cls(connection, timeout=timeout, protocol_features=protocol_features)
 
     @classmethod
     def accept(cls, listener: socket.socket, *, timeout: float = 10.0) -> Self:
@@ -317,17 +329,17 @@ class VhostUserFrontend:
         """Whether a protocol feature, by its bit number, was negotiated."""
         return self.session.has(bit)
 
-    def negotiate(self, features: int, protocol_features: int = PROTOCOL_FEATURES) -> int:
-        """Own the device, and acknowledge what it offers of both masks; returns the device features.
+    def negotiate(self, features: int) -> int:
+        """Own the device, and acknowledge those of `features` that it offers; returns them.
 
-        Bit 30 (protocol features) goes by itself, unless `protocol_features` is 0 or the back end has none.
-        With BACKEND_REQ negotiated the back end gets its channel.
+        Bit 30 goes by itself, unless `protocol_features` is 0 or the back end has none. With BACKEND_REQ
+        negotiated the back end gets its channel.
         """
         self.set_owner()
         offered = self.get_features()
         acked = offered & features & ~_BIT_30
-        if protocol_features and offered & _BIT_30:
-            self.set_protocol_features(self.get_protocol_features() & protocol_features)
+        if self.protocol_features and offered & _BIT_30:
+            self.set_protocol_features(self.get_protocol_features() & self.protocol_features)
             if self.has(abi.PROTOCOL_F_BACKEND_REQ):
                 self.set_backend_req_fd()
             self.set_features(acked | _BIT_30)
