@@ -304,6 +304,8 @@ def test_stream_peers_come_and_go_under_a_running_guest(tmp_path: Path) -> None:
         changes = Changes(back_end)
         with guest(back_end) as driver:
             assert not driver.status() & abi.S_LINK_UP
+            driver.send(os.urandom(60))
+            driver.wait_sent()  # nobody is there: it is lost, not kept
             for _ in range(3):
                 with socket.socket(socket.AF_UNIX) as peer:
                     peer.settimeout(PATIENCE)

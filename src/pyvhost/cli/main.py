@@ -65,13 +65,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="pyvhost", description="vhost in Python: the device half of virtio."
     )
     parser.add_argument("--version", action="version", version=f"pyvhost {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, module, what in COMMANDS:
         sub = commands.add_parser(name, help=what, description=what)
         if name in words:
             _fill(sub, module)
     bench = commands.add_parser("bench", help="measure against a peer, in the same run")
-    kinds = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    kinds = bench.add_subparsers(dest="bench", required=True)
     for name, module, what in BENCHES:
         sub = kinds.add_parser(name, help=what, description=what)
         if "bench" in words:

@@ -118,6 +118,10 @@ def _send(
     kind = port["kind"]
     header = port["header"]
     row = rings[port["tx"]]["row"]
+    if kind in (PORT_FD, PORT_STREAM) and port["fd"] < 0:
+        # The cable is out: what is sent is lost, not kept for whoever comes next.
+        count(row, C_DROPS, end - first)
+        return end
     if kind == PORT_FD:
         return send_fd(worker, ports, index, header, batch, first, end, row) if port["writable"] else first
     if kind == PORT_STREAM:

@@ -45,7 +45,13 @@ TRANSPORT_FEATURES: Final = sum(
     )
 )
 
-_guard = Guard(guard.protect, guard.release, guard.lost)
+
+def _protect(address: int, length: int) -> int:
+    guard.install()
+    return guard.protect(address, length)
+
+
+_guard = Guard(_protect, guard.release, guard.lost)
 
 
 class Device(ABC):

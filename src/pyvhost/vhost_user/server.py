@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+from pyvhost.host import sd_notify
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.vhost_user.connection import AGAIN, Connection, peer_of
 from pyvhost.vhost_user.device import Device
@@ -87,8 +88,10 @@ class Server:
         """Serve until `stop`, SIGTERM or SIGINT, then close everything."""
         with _Signals(self.stop):
             try:
+                sd_notify.ready()
                 self.poller.run()
             finally:
+                sd_notify.stopping()
                 self.close()
 
     def stop(self) -> None:
