@@ -1,0 +1,241 @@
+"""The device's side of a split virtqueue as virtio 1.2, 2.7 has it, in the plainest Python: the kernels' judge.
+
+Promises: written from the standard, with Python's own unbounded integers and bytes; shares no code with the
+data plane. Where a chain is wrong in more ways than one, every fault that may be named is allowed.
+Never: fast, and never touches memory: it is given bytes and answers with places in them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+NEXT, WRITE, INDIRECT = 1, 2, 4
+NO_INTERRUPT, NO_NOTIFY = 1, 1
+DESCRIPTOR = struct.Struct("<QIHH")
+#: An indirect table has no more descriptors than a queue can have entries of 16 bits (2.7.5.3.1).
+LONGEST_TABLE = 65536
+
+
+class Fault(Exception):  # noqa: N818 - the word that everybody has for it
+    """What a driver did wrong: the words that fit."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(" or ".join(words))
+        self.words = frozenset(words)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Guest memory from `guest` on."""
+
+    guest: int
+    content: bytes | bytearray | memoryview
+    size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one region, by the region's place in the table."""
+
+    region: int
+    offset: int
+    length: int
+
+
+@dataclass
+class Chain:
+    head: int
+    readable: list[Piece] = field(default_factory=list)
+    writable: list[Piece] = field(default_factory=list)
+
+    @property
+    def readable_bytes(self) -> int:
+        return sum(piece.length for piece in self.readable)
+
+    @property
+    def writable_bytes(self) -> int:
+        return sum(piece.length for piece in self.writable)
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    addr: int
+    len: int
+    flags: int
+    next: int
+
+
+class Memory:
+    """Regions, in any order; addresses are modulo 2**64, as the fields that hold them."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.regions = regions
+
+    def _holder(self, address: int) -> tuple[int, Region] | None:
+        address %= 1 << 64
+        for place, region in enumerate(self.regions):
+            if region.guest <= address < region.guest + region.size:
+                return place, region
+        return None
+
+    def pieces(self, address: int, length: int) -> Iterator[Piece]:
+        """The pieces of a range in order; KeyError at the first byte that is no memory."""
+        while length:
+            held = self._holder(address)
+            if held is None:
+                raise KeyError(address)
+            place, region = held
+            offset = address % (1 << 64) - region.guest
+            run = min(length, region.size - offset)
+            yield Piece(place, offset, run)
+            address += run
+            length -= run
+
+    def read(self, address: int, length: int) -> bytes:
+        return b"".join(
+            bytes(self.regions[piece.region].content[piece.offset : piece.offset + piece.length])
+            for piece in self.pieces(address, length)
+        )
+
+
+class Table:
+    """A descriptor table: the queue's own, or an indirect one."""
+
+    def __init__(self, size: int, content: bytes | None, memory: Memory, address: int = 0) -> None:
+        self.size = size
+        self._content = content
+        self._memory = memory
+        self._address = address
+
+    def __getitem__(self, index: int) -> Descriptor:
+        if self._content is not None:
+            raw = self._content[16 * index : 16 * index + 16]
+        else:
+            raw = self._memory.read(self._address + 16 * index, 16)
+        return Descriptor(*DESCRIPTOR.unpack(raw))
+
+
+def walk(memory: Memory, content: bytes, num: int, head: int, longest: int) -> Chain:
+    """The chain at `head` of the descriptor table `content` (2.7.5); Fault."""
+    chain = Chain(head)
+    table = Table(num, content, memory)
+    if head >= num:
+        raise Fault("HEAD")
+    descriptors = 0
+    indirect = False
+    index = head
+    while True:
+        # 2.7.5.2: no loops, so no more descriptors than the table has.
+        descriptors += 1
+        if descriptors > table.size:
+            raise Fault("LOOP")
+        try:
+            descriptor = table[index]
+        except KeyError:
+            raise Fault("INDIRECT") from None
+        if descriptor.flags & INDIRECT:
+            # 2.7.5.3.1: not in an indirect table, nor together with NEXT; WRITE is ignored.
+            wrong = set()
+            if indirect or descriptor.flags & NEXT:
+                wrong.add("INDIRECT")
+            count, odd = divmod(descriptor.len, 16)
+            if odd or not 0 < count <= LONGEST_TABLE:
+                wrong.add("INDIRECT_SIZE")
+            if wrong:
+                raise Fault(*wrong)
+            # Part of the table may be no memory: a fault at once where its first region ends and no other
+            # follows; further on only if the chain comes there.
+            try:
+                first = next(memory.pieces(descriptor.addr, descriptor.len))
+                if first.length < descriptor.len:
+                    memory.read(descriptor.addr + first.length, 1)
+            except KeyError:
+                raise Fault("INDIRECT") from None
+            table = Table(count, None, memory, descriptor.addr)
+            indirect = True
+            descriptors = index = 0
+            continue
+        _add(memory, chain, descriptor, longest)
+        if not descriptor.flags & NEXT:
+            return chain
+        index = descriptor.next
+        if index >= table.size:
+            raise Fault("NEXT")
+
+
+def _add(memory: Memory, chain: Chain, descriptor: Descriptor, longest: int) -> None:
+    if descriptor.len == 0:
+        raise Fault("LENGTH")
+    wrong = set()
+    pieces: list[Piece] = []
+    try:
+        for piece in memory.pieces(descriptor.addr, descriptor.len):
+            pieces.append(piece)
+    except KeyError:
+        wrong.add("ADDRESS")
+    if len(chain.readable) + len(chain.writable) + len(pieces) > longest:
+        wrong.add("TOO_LONG")
+    # 2.7.4.2: everything that is read comes before everything that is written.
+    if not descriptor.flags & WRITE and chain.writable:
+        wrong.add("DIRECTION")
+    if wrong:
+        raise Fault(*wrong)
+    (chain.writable if descriptor.flags & WRITE else chain.readable).extend(pieces)
+
+
+def waiting(avail_idx: int, last: int, num: int) -> int:
+    """How many entries the driver has added since entry `last` (2.7.6); Fault."""
+    ahead = (avail_idx - last) % 65536
+    if ahead > num:
+        raise Fault("AVAIL_INDEX")
+    return ahead
+
+
+def head_at(avail: bytes, num: int, entry: int) -> int:
+    """The head in available entry `entry`, a free-running number."""
+    (head,) = struct.unpack_from("<H", avail, 4 + 2 * (entry % num))
+    return int(head)
+
+
+@dataclass
+class Device:
+    """What the device has written and remembers: its used ring, and when it called."""
+
+    num: int
+    event_idx: bool
+    notify_on_empty: bool
+    used: bytearray
+    idx: int
+    shown: int
+    last_avail: int
+    asked: bool = False
+
+    def use(self, head: int, length: int) -> None:
+        struct.pack_into("<II", self.used, 4 + 8 * (self.idx % self.num), head, length)
+        self.idx = (self.idx + 1) % 65536
+
+    def publish(self, avail: bytes) -> bool:
+        """Shows what was used; whether the driver wants a call (2.7.7.2, and 6.3 for NOTIFY_ON_EMPTY)."""
+        if self.idx == self.shown:
+            return False
+        before, self.shown = self.shown, self.idx
+        asked, self.asked = self.asked, True
+        struct.pack_into("<H", self.used, 2, self.idx)
+        flags, idx = struct.unpack_from("<HH", avail, 0)
+        if self.notify_on_empty and idx == self.last_avail:
+            return True
+        if not self.event_idx:
+            return not flags & NO_INTERRUPT
+        (event,) = struct.unpack_from("<H", avail, 4 + 2 * self.num)
+        # Nothing is known of what the driver has seen before; then, whether the entry that it waits for, number
+        # `event`, is among those just shown.
+        return not asked or (event - before) % 65536 < (self.idx - before) % 65536
+
+    def ask_for_kicks(self, wanted: bool, seen: int) -> None:
+        if self.event_idx:
+            if wanted:
+                struct.pack_into("<H", self.used, 4 + 8 * self.num, seen)
+        else:
+            struct.pack_into("<H", self.used, 0, 0 if wanted else NO_NOTIFY)
