@@ -19,6 +19,9 @@ from model.split_ring_model import DESCRIPTOR
 from plain_twin import plain_twin
 from pyvhost.dataplane import blocks, split_ring
 
+# In plain Python an index is a NumPy scalar, which warns where a machine word wraps silently.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
+
 relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
