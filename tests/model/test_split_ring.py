@@ -44,9 +44,6 @@ def test_rings_of_all_sizes(seed: int) -> None:
     play(Scene(random.Random(seed)))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered"
-)  # NumPy's scalars, where machine words wrap silently
 @settings(relaxed, max_examples=30)
 @given(seed=st.integers(0, 2**64 - 1))
 def test_the_same_as_plain_python(seed: int) -> None:
