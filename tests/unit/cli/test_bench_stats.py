@@ -70,13 +70,17 @@ def test_near_and_far() -> None:
 def test_the_pace_keeps_to_its_time_but_never_below_five_pairs() -> None:
     pace = pace_for(90.0, 6)
     assert pace.pairs > 5
-    assert 6 * pace.row_seconds <= 90.0
+    assert pace.pairs * 2 * (pace.slice_seconds + pace.settle_seconds) < pace.row_seconds < 90.0 / 6
     assert pace_for(1.0, 6).pairs == 5
     assert pace_for(1e6, 1).pairs == 100
 
 
-def test_the_pace_of_a_row_counts_both_slices() -> None:
-    assert Pace(pairs=10, slice_seconds=0.5, settle_seconds=0.0).row_seconds > 10.0
+@pytest.mark.parametrize(
+    ("pairs", "seconds", "enough"),
+    [(4, 1000.0, False), (5, 1000.0, True), (5, 1.0, False), (20, 1.0, True)],
+)
+def test_a_row_ends_with_its_pairs_or_its_time(pairs: int, seconds: float, enough: bool) -> None:
+    assert Pace(pairs=20, row_seconds=60.0).enough(pairs, seconds) is enough
 
 
 def forwarded(**values: float) -> ForwardStats:

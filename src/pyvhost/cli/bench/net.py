@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pyvhost.cli.bench import profile, usage
 from pyvhost.cli.bench.backend import BackEnd, net_arguments
-from pyvhost.cli.bench.machine import CacheLine
+from pyvhost.cli.bench.machine import CacheLine, favour, favoured
 from pyvhost.cli.bench.stats import Spread, order_of_pair, pairwise_ratios, spread
 from pyvhost.cli.bench.testpmd import (
     Cores,
@@ -66,25 +66,33 @@ CASES = (
 SIZES = (64, 1518)
 
 
+#: Below this many pairs a median says little.
+FEWEST_PAIRS = 5
+
+
 @dataclass(frozen=True)
 class Pace:
-    """How long a row takes: `pairs` pairs of two slices, each after a while to settle in (seconds)."""
+    """How long a row takes: `pairs` pairs of two slices, each after a while to settle in (seconds).
+
+    A row that has taken `row_seconds` ends with the pair it is at, though not before `FEWEST_PAIRS`.
+    """
 
     pairs: int = 20
+    row_seconds: float = 60.0
     slice_seconds: float = 0.2
     settle_seconds: float = 0.06
 
-    @property
-    def row_seconds(self) -> float:
-        """What one row takes, about: its slices and some three seconds of starting and ending programs."""
-        return self.pairs * 2 * (self.slice_seconds + self.settle_seconds + 0.01) + 3.0
+    def enough(self, pairs: int, seconds: float) -> bool:
+        """Whether a row of so many pairs, which began so many seconds ago, is done."""
+        return pairs >= self.pairs or (pairs >= FEWEST_PAIRS and seconds >= self.row_seconds)
 
 
 def pace_for(total_seconds: float, rows: int) -> Pace:
-    """As many pairs as fit, but never fewer than five: below that a median says little."""
+    """As many pairs as fit, besides some seconds a row for starting and ending programs."""
+    row_seconds = total_seconds / rows
     one_pair = 2 * (Pace.slice_seconds + Pace.settle_seconds + 0.01)
-    pairs = int((total_seconds / rows - 3.0) / one_pair)
-    return Pace(pairs=min(max(pairs, 5), 100))
+    pairs = int((row_seconds - 4.0) / one_pair)
+    return Pace(pairs=min(max(pairs, FEWEST_PAIRS), 100), row_seconds=row_seconds - 2 * ACCOUNT_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -246,6 +254,9 @@ class Bench:
                 record(front)
                 front.tell(f"set txpkts {size}")
                 front.start(case.first_bursts)
+                # What else runs on the machine blurs a comparison less when all four go before it.
+                for program in (back, front):
+                    favour(program.pid)
                 pair = Pair(name, back, front, case.counts)
                 pair.pause()
                 pairs.append(pair)
@@ -254,14 +265,17 @@ class Bench:
     def run(self, case: Case, size: int, pace: Pace, tick: Callable[[], None]) -> Row:
         """Measures one row. `tick` is called after each pair of slices."""
         row = Row(case, size)
-        with self.pairs(case, size) as (ours, theirs):
+        started = time.monotonic()
+        with favoured(), self.pairs(case, size) as (ours, theirs):
             by_name = {ours.name: ours, theirs.name: theirs}
-            for number in range(pace.pairs):
+            number = 0
+            while not pace.enough(number, time.monotonic() - started):
                 distance = self._line.round_trip_ns()
                 if distance is not None:
                     row.round_trips_ns.append(distance)
                 for name in order_of_pair(number, (OURS, THEIRS)):
                     by_name[name].slice(pace)
+                number += 1
                 tick()
             row.ours, row.theirs = ours.measured, theirs.measured
             for pair in (ours, theirs):
