@@ -30,6 +30,7 @@ def load64(address: int) -> int:
     return ctypes.c_int64.from_address(int(address)).value
 
 
+load8_acquire = load8
 load16_acquire = load16
 load64_acquire = load64
 

@@ -180,6 +180,8 @@ def walk(ring: Record, head: int, slot: int, iov: int, scratch: int) -> int:
                 return _fault(ring, FAULT_INDIRECT, index, flags, head)
             if length == 0 or length & 15 or length > 65536 * 16:
                 return _fault(ring, FAULT_INDIRECT_SIZE, index, length, head)
+            if total == MAX_CHAIN:
+                return _fault(ring, FAULT_TOO_LONG, index, head, MAX_CHAIN)
             first = pieces(ring, address, length, iov + total * 16, 1)
             if first == 0:
                 return _fault(ring, FAULT_INDIRECT, index, address, length)
@@ -248,7 +250,8 @@ def collect(ring: Record, batch: int, start: int, want: int, plain: int, lines: 
         waiting = ready(ring)
         if waiting < 0:
             return waiting
-    end = min(waiting, start + want, SLOTS)
+    # A driver may take back what it made available: what the batch has, it keeps.
+    end = max(min(waiting, start + want, SLOTS), start)
     num = ring["num"]
     mask = num - 1
     flag = plain & 0xFFFF
@@ -367,9 +370,7 @@ def publish(ring: Record) -> None:
     # Pairs with the driver's barrier between used_event or flags, and its last look at used->idx.
     fence()
     row = ring["row"]
-    if ring["notify_on_empty"] and load16_acquire(ring["avail"] + 2) == ring["last_avail"]:
-        wanted = True
-    elif ring["event_idx"]:
+    if ring["event_idx"]:
         event = load16(ring["avail"] + 4 + 2 * ring["num"])
         news = (used - ring["signalled"]) & 0xFFFF
         wanted = ring["signalled_valid"] == 0 or ((used - event - 1) & 0xFFFF) < news
@@ -377,6 +378,8 @@ def publish(ring: Record) -> None:
         ring["signalled_valid"] = 1
     else:
         wanted = load16(ring["avail"]) & VRING_AVAIL_F_NO_INTERRUPT == 0
+    if ring["notify_on_empty"] and load16_acquire(ring["avail"] + 2) == ring["last_avail"]:
+        wanted = True
     if wanted and ring["call_fd"] >= 0:
         signal(ring["call_fd"])
         count(row, C_CALLS, 1)
