@@ -51,9 +51,8 @@ class Scene:
         self.driver.send(FRAME, pair=pair)
         assert [(got.pair, got.frame) for got in self.driver.receive()] == [(pair, FRAME)]
 
-    def fails(self, queue: Queue) -> None:
-        """The ring signals err and uses nothing; the other pair and the control messages go on."""
-        used = queue.ring.used_idx
+    def fails(self, queue: Queue, used: int = 0) -> None:
+        """The ring signals err with `used` chains used; the other pair and the control messages go on."""
         assert queue.wait_error(PATIENCE), "err was not signalled"
         assert queue.ring.used_idx == used, "the chain was consumed"
         self.lives(1)
@@ -219,8 +218,7 @@ def test_good_chains_before_a_bad_one_are_served(scene: Scene, lie: Lie) -> None
     index = tell(queue)
     assert index == 0, "good and bad are published together"
     assert [got.frame for got in scene.driver.receive(5)] == frames
-    scene.fails(queue)
-    assert queue.ring.used_idx == 5
+    scene.fails(queue, used=5)
     assert scene.driver.stop()[1] == 5
 
 
@@ -242,6 +240,8 @@ def test_a_head_that_is_no_descriptor(scene: Scene, ring: str, head: int) -> Non
     queue.kick()
     other = scene.driver.rx[0]
     assert other.wait_call(PATIENCE)
+    # A frame comes before the chain that it came from is shown as used; a ring that has stopped has done both.
+    scene.driver.stop()
     assert queue.ring.used_element(0)[0] == FIRST
 
 
@@ -278,9 +278,10 @@ def test_a_whole_ring_of_one_head_again_and_again(scene: Scene) -> None:
         assert set(frames) == {FRAME}
         came += len(frames)
     assert came == SIZE
+    scene.lives(1)
+    scene.driver.stop()
     assert queue.ring.used_idx == SIZE
     assert not queue.wait_error(0)
-    scene.lives(1)
 
 
 def test_a_buffer_smaller_than_a_header_costs_the_frame_alone(scene: Scene) -> None:
@@ -306,6 +307,7 @@ def test_a_chain_of_more_than_4_gib_is_a_frame_too_large(scene: Scene) -> None:
     queue.ring.desc.set(FIRST + 1000, scene.address, 12 + len(FRAME), 0)
     tell(queue, FIRST + 1000)
     assert [got.frame for got in scene.driver.receive()] == [FRAME]
+    scene.driver.stop()
     assert queue.ring.used_idx == 2
     assert not queue.wait_error(0)
 

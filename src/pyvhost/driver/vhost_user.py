@@ -11,8 +11,10 @@ thread; reads the backend's own requests unless asked (`backend_request`).
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -86,11 +88,18 @@ class VhostUserFrontend:
         """Dial a back end that listens at `path`. OSError as connect(2), with the path."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(timeout)
+            # Not settimeout: a non-blocking connect to a listener whose queue is full fails at once (unix(7)).
+            seconds, rest = divmod(timeout, 1)
+            limit = struct.pack("@ll", int(seconds), int(rest * 1_000_000))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             connection.connect(os.fspath(path))
         except OSError as error:
             connection.close()
-            why = f"no back end to connect to: {error.strerror or 'it does not accept'}"
+            why = f"no back end to connect to: {error.strerror}"
+            if error.errno == errno.EAGAIN:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"nobody accepts within {timeout} s", os.fspath(path)
+                ) from None
             raise OSError(error.errno, why, os.fspath(path)) from None
         return cls(connection, timeout=timeout, protocol_features=protocol_features)
 

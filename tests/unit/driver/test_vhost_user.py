@@ -273,3 +273,13 @@ def test_connecting_and_being_connected_to(tmp_path: Path) -> None:
         with VhostUserFrontend.connect(path) as dialled, VhostUserFrontend.accept(listener) as taken:
             dialled.send(b"hello")
             assert taken.socket.recv(5) == b"hello"
+
+
+def test_a_listener_that_accepts_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        # The queue has room for one.
+        with VhostUserFrontend.connect(path), pytest.raises(TimeoutError, match="nobody accepts within"):
+            VhostUserFrontend.connect(path, timeout=0.01)
