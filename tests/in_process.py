@@ -10,20 +10,27 @@ thread at the same time: `serving` runs the loop in a thread while the test only
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyvhost.driver.memory import Region
+import pytest
+
+from pyvhost.driver.memory import MIB, Region, Span
+from pyvhost.driver.net import NetDriver
 from pyvhost.driver.queue import Queue
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.device import Device
+from pyvhost.vhost.errors import VhostError
 
 #: How long a step may take before a test gives up on it, in seconds.
 PATIENCE = 30.0
+#: Two neighbours and one apart.
+SPANS = [Span(0, 2 * MIB), Span(2 * MIB, 2 * MIB), Span(16 * MIB, MIB)]
 
 
 def handed_over(region: Region, **changes: int) -> MemoryRegion:
@@ -33,7 +40,7 @@ def handed_over(region: Region, **changes: int) -> MemoryRegion:
         "memory_size": region.memory_size,
         "userspace_addr": region.userspace_addr,
         "mmap_offset": region.mmap_offset,
-        "fd": os.dup(region.fd),
+        "fd": changes.get("fd", -1) if "fd" in changes else os.dup(region.fd),
     }
     return MemoryRegion(**(fields | changes))
 
@@ -115,12 +122,72 @@ def serving(*devices: Device) -> Iterator[None]:
             assert not thread.is_alive()
 
 
+def _settle() -> None:
+    """Lets go of what nobody knows any more: a mapping in Python keeps a descriptor of its own."""
+    gc.collect()
+    # What is there by now is not looked at again: with Numba's half million objects that would take its time.
+    gc.freeze()
+
+
 def open_fds() -> set[int]:
     """This process's descriptors, but for the one that this takes."""
+    _settle()
     listing = os.listdir("/proc/self/fd")
     return {int(fd) for fd in listing if Path(f"/proc/self/fd/{fd}").exists()}
 
 
 def mapped_files() -> int:
     """How many mappings of memory files this process has."""
+    _settle()
     return Path("/proc/self/maps").read_text().count("/memfd:")
+
+
+def frame_of(number: int) -> bytes:
+    return b"\xff" * 6 + bytes.fromhex("0200000000aa 88b5") + number.to_bytes(8, "big") * (1 + number % 100)
+
+
+def echo(driver: NetDriver, number: int = 1) -> None:
+    frame = frame_of(number)
+    driver.send(frame)
+    assert [got.frame for got in driver.receive()] == [frame]
+
+
+@contextmanager
+def traffic(driver: NetDriver) -> Iterator[Callable[[], int]]:
+    """Frames go round in another thread meanwhile, none lost and none out of order; how many did so far."""
+    stop = threading.Event()
+    moved = threading.Event()
+    rounds = [0]
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                frames = [frame_of(rounds[0] * 8 + i) for i in range(8)]
+                driver.send_many(frames)
+                assert [got.frame for got in driver.receive(8)] == frames
+                rounds[0] += 1
+                moved.set()
+        except BaseException as error:
+            failures.append(error)
+            moved.set()
+
+    def seen() -> int:
+        moved.clear()
+        assert moved.wait(PATIENCE)
+        assert failures == []
+        return rounds[0]
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert failures == []
+
+
+def refused(code: int, words: str) -> pytest.RaisesExc[VhostError]:
+    return pytest.raises(VhostError, match=words, check=lambda error: error.errno == code)

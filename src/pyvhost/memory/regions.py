@@ -18,6 +18,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -120,7 +121,9 @@ class Mapping:
                 raise
             return cls(region, base + lead, base, length, slot, guard)
         finally:
-            os.close(region.fd)
+            # One that is not open has been found out by then.
+            with suppress(OSError):
+                os.close(region.fd)
 
     @property
     def lost(self) -> bool:

@@ -25,6 +25,7 @@ from pyvhost.abi import virtio
 from pyvhost.dataplane import guard
 from pyvhost.dataplane.plain import load16, store16
 from pyvhost.host import eventfd
+from pyvhost.host.fds import close_all
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import Guard, Mapping, MemoryRegion, MemoryTable
 from pyvhost.vhost import lost
@@ -194,7 +195,7 @@ class Device(ABC):
                 mapping.drop()
             raise self._refused(error) from error
         finally:
-            _close(region.fd for region in rest)
+            close_all(region.fd for region in rest)
 
     def add_mem_region(self, region: MemoryRegion) -> None:
         """One region more (VHOST_USER_ADD_MEM_REG). E2BIG, EINVAL, EFAULT as `set_mem_table`.
@@ -204,10 +205,10 @@ class Device(ABC):
         """
         if region.where in self._added:
             self._added[region.where] += 1
-            _close([region.fd])
+            close_all([region.fd])
             return
         if len(self._table) >= self.max_mem_slots:
-            _close([region.fd])
+            close_all([region.fd])
             raise VhostError(errno.E2BIG, f"{self.name}: {self.max_mem_slots} regions are all there can be")
         mapping: Mapping | None = None
         try:
@@ -455,7 +456,7 @@ class Device(ABC):
             if fd >= 0:
                 self._check_fd(vring, name, fd)
         except OSError:
-            _close([fd])
+            close_all([fd])
             raise
         place = vring.place
         if place is None:
@@ -488,11 +489,5 @@ class Device(ABC):
 
     @staticmethod
     def _replace_fd(vring: Vring, name: str, fd: int) -> None:
-        _close([getattr(vring, name)])
+        close_all([getattr(vring, name)])
         setattr(vring, name, fd)
-
-
-def _close(fds: Any) -> None:
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)
