@@ -1,0 +1,112 @@
+"""Real guests against the real `pyvhost net`: what the tests of this folder share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from netns import network_namespace
+from pyvhost.cli.guests import Kernel, KernelError, find_kernel
+from pyvhost.cli.serving import Serving
+from pyvhost.observe.reader import Row, snapshot
+from requirements import need, need_program
+
+Ip = Callable[[str], str]
+
+
+@dataclasses.dataclass
+class Card:
+    """A NIC that is served: by which process, at which socket."""
+
+    serving: Serving
+    socket: Path
+
+    def counted(self, queue: str) -> Row:
+        """The counters of one of its queues, as `pyvhost top` would read them."""
+        rows = [
+            row
+            for process in snapshot().processes
+            if process.pid == self.serving.pid
+            for row in process.rows
+            if row.label("queue") == queue
+        ]
+        assert len(rows) == 1, rows
+        return rows[0]
+
+
+class Served:
+    """Starts `pyvhost net` for cards, and ends them all; none may have died or spoken of an error of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._servings: list[Serving] = []
+
+    def start(self, name: str, backend: str, *options: str, sockets: int = 1) -> list[Card]:
+        """Cards with the same backend, in one process. It is not waited for: see `wait`."""
+        paths = [self.folder / f"{name}{number}" for number in range(sockets)]
+        arguments = ["net", "--backend", backend, *options]
+        for path in paths:
+            arguments += ["--socket-path", str(path)]
+        serving = Serving(arguments, paths)
+        self._servings.append(serving)
+        return [Card(serving, path) for path in paths]
+
+    def wait(self) -> None:
+        """Until all listen."""
+        for serving in self._servings:
+            serving.wait_ready()
+
+    def end(self, serving: Serving) -> None:
+        """End one; it was well until now."""
+        self._servings.remove(serving)
+        died = not serving.running
+        status = serving.close()
+        said = "\n".join(serving.lines)
+        assert not died, f"{serving} ended with {status}:\n{said}"
+        assert "Traceback" not in said, f"{serving}:\n{said}"
+
+    def close(self) -> None:
+        """End all of them."""
+        with ExitStack() as stack:
+            for serving in self._servings:
+                stack.callback(self.end, serving)
+
+
+@pytest.fixture(scope="module")
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+@pytest.fixture(scope="module")
+def ip(is_root: bool) -> Iterator[Ip | None]:
+    """As root: this module's tests, and all they start, are in a network of their own. Else None."""
+    with network_namespace() if is_root else nullcontext() as command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def served(ip: Ip | None) -> Iterator[Served]:
+    """Where cards are served from."""
+    with TemporaryDirectory(prefix="pyvhost-test-") as folder:
+        all_served = Served(Path(folder))
+        with ExitStack() as stack:
+            stack.callback(all_served.close)
+            yield all_served
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Kernel:
+    """Debian's kernel for QEMU, fetched if it is not here."""
+    need_program("qemu-system-x86_64", package="qemu-system-x86")
+    need_program("busybox", package="busybox-static")
+    try:
+        return find_kernel()
+    except KernelError as problem:
+        need(False, str(problem))
+        raise
