@@ -132,7 +132,8 @@ def listen_in_background(port: int, size: int) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     connection, _ = server.accept()
-    found = exchange(connection, size)
+    with connection:
+        found = exchange(connection, size)
     with open(result, "w") as pipe:
         pipe.write(f"{found.sent} {found.received}")
     os._exit(0)

@@ -106,8 +106,8 @@ class QemuGuest(Guest):
 
     def disconnect(self, number: int) -> None:
         """Leave the back end: an unplugged card's connection ends."""
+        # The character device, which is the connection, goes with it.
         self._told_by_qmp(lambda qmp: qmp.execute("netdev_del", id=f"net{number}"))
-        self._told_by_qmp(lambda qmp: qmp.execute("chardev-remove", id=f"chr{number}"))
 
     def connect(self, number: int) -> None:
         """Connect to the back end again, before the card is plugged in."""
