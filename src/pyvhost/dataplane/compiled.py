@@ -6,6 +6,7 @@ and for the guest. Never: used directly; `access` chooses.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,23 @@ def below(typing_context: Any, a: Any, b: Any) -> Any:
         return builder.icmp_unsigned("<", arguments[0], arguments[1])
 
     return types.boolean(types.int64, types.int64), codegen
+
+
+@intrinsic
+def relax(typing_context: Any) -> Any:
+    """Waits for a moment as a spinning processor should, leaving its sibling what it does not use."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Elsewhere than on x86 it is nothing: the loop around it looks at the clock.
+        if platform.machine() == "x86_64":
+            name = "llvm.x86.sse2.pause"
+            function = builder.module.globals.get(name)
+            if function is None:
+                function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), []), name)
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def _prefetcher(for_write: int) -> Callable[..., None]:

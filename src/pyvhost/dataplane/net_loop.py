@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pyvhost.dataplane.access import clock_ns, load32, load64, load64_acquire, store64, sys_epoll_wait
+from pyvhost.dataplane.access import clock_ns, load32, load64, load64_acquire, relax, store64, sys_epoll_wait
 from pyvhost.dataplane.blocks import (
     C_KICKS,
     C_SYSCALLS,
@@ -30,6 +30,7 @@ from pyvhost.dataplane.blocks import (
     Records,
 )
 from pyvhost.dataplane.net_receive import generate, receive_fd, receive_stream, receive_uplink
+from pyvhost.dataplane.net_send import flush_unsent
 from pyvhost.dataplane.net_transmit import transmit
 from pyvhost.dataplane.policy import kernel
 from pyvhost.dataplane.split_ring import count, want_kicks
@@ -37,6 +38,11 @@ from pyvhost.dataplane.split_ring import count, want_kicks
 _EPOLLIN: Final = 0x1
 _EPOLLOUT: Final = 0x4
 _EPOLLERR_OR_HUP: Final = 0x18
+#: How long polling rings are left alone for each chain of the last busy turns, and at most: nanoseconds.
+_BREATH_NS: Final = 80
+_LONGEST_BREATH_NS: Final = 10_000
+#: Between two looks at the clock meanwhile.
+_RELAX: Final = 4
 #: While ports are busy, epoll is asked this seldom for what rests: nanoseconds.
 _LOOK_NS: Final = 20_000
 
@@ -48,6 +54,9 @@ def _serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
     kind = port["kind"]
     moved = 0
     tx = port["tx"]
+    if port["unsent_bytes"] and port["writable"]:
+        # The rest of a frame goes even if no other comes, and its guest has gone.
+        flush_unsent(worker, ports, index, rings[tx]["row"])
     if tx >= 0 and rings[tx]["running"]:
         moved += transmit(worker, rings, ports, index)
     rx = port["rx"]
@@ -130,12 +139,29 @@ def _rest(worker: Record, rings: Records, ports: Records, index: int, now: int) 
 
 
 @kernel
+def _breathe(worker: Record, now: int, moved: int) -> None:
+    """Leaves the rings alone for a while after `moved` were taken from or put into them.
+
+    A look at an index that has not changed takes its cache line away from the driver, which is about to write
+    there. What the driver makes meanwhile comes in one go, and it is late by a small part of what it took.
+    """
+    clock = worker["scratch"] + SCRATCH_CLOCK
+    end = now + min(moved * _BREATH_NS, _LONGEST_BREATH_NS)
+    while load64_acquire(worker["control"] + 8 * CONTROL_STOP) == 0:
+        for _ in range(_RELAX):
+            relax()
+        if clock_ns(clock) >= end:
+            break
+
+
+@kernel
 def net_loop(workers: Records, rings: Records, ports: Records) -> int:
     """Serves the ports of `workers[0]` until there is a reason to return, which it returns."""
     worker = workers[0]
     active = worker["active"]
     clock = worker["scratch"] + SCRATCH_CLOCK
     looked = 0
+    run = 0
     worker["reason"] = REASON_STOP
     # Pairs with the store of the control thread that wants to change something.
     while load64_acquire(worker["control"] + 8 * CONTROL_STOP) == 0:
@@ -149,9 +175,12 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
             looked = now
             _wait(worker, rings, ports, 0)
         at = 0
+        moved = 0
         while at < worker["active_count"]:
             index = load64(active + 8 * at)
-            if _serve(worker, rings, ports, index):
+            served = _serve(worker, rings, ports, index)
+            if served:
+                moved += served
                 ports[index]["idle_since"] = 0
                 at += 1
             elif _rest(worker, rings, ports, index, now):
@@ -162,4 +191,8 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
                 at += 1
             if worker["reason"] != REASON_STOP:
                 return worker["reason"]
+        run += moved
+        if moved == 0 and worker["active_count"] > 0:
+            _breathe(worker, now, run)
+            run = 0
     return REASON_STOP

@@ -60,6 +60,10 @@ def fence() -> None:
     _libc.pthread_mutex_unlock(_mutex)
 
 
+def relax() -> None:
+    time.sleep(0)
+
+
 def below(a: int, b: int) -> bool:
     return (int(a) & 0xFFFFFFFFFFFFFFFF) < (int(b) & 0xFFFFFFFFFFFFFFFF)
 

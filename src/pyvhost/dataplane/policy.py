@@ -85,6 +85,8 @@ def _compiled(function: F, **options: Any) -> F:
         boundscheck=False,
         error_model="numpy",
         no_cfunc_wrapper=True,
+        # Nothing is allocated, so nothing needs counting: arrays that are passed on would cost a locked add each.
+        _nrt=False,
         **options,
     )(function)
     if not PLAIN:
