@@ -39,8 +39,8 @@ _EPOLLIN: Final = 0x1
 _EPOLLOUT: Final = 0x4
 _EPOLLERR_OR_HUP: Final = 0x18
 #: How long polling rings are left alone for each chain of the last busy turns, and at most: nanoseconds.
-_BREATH_NS: Final = 80
-_LONGEST_BREATH_NS: Final = 10_000
+_BREATH_NS: Final = 200
+_LONGEST_BREATH_NS: Final = 20_000
 #: Between two looks at the clock meanwhile.
 _RELAX: Final = 4
 #: While ports are busy, epoll is asked this seldom for what rests: nanoseconds.
