@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -110,3 +112,12 @@ def kernel() -> Kernel:
     except KernelError as problem:
         need(False, str(problem))
         raise
+
+
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Waits for what nothing announces: counters in a file, or in another program."""
+    tick = threading.Event()
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        tick.wait(0.05)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from interop import exchange
-from interop.conftest import Card, Ip, Served
+from interop.conftest import Card, Ip, Served, eventually
 from interop.exchange import Digests, Listener
 from pyvhost.cli.guests import Guest, Kernel, Nic, QemuGuest, UmlGuest
 from requirements import need_program, need_root
@@ -263,19 +262,10 @@ def test_the_back_end_goes_and_comes_back(world: World, guest: QemuGuest) -> Non
     assert world.ip is not None
     world.ip("address replace 10.1.0.1/24 dev vm1")
     world.ip("link set vm1 up")
-    eventually_attached(world.cards[ONE])
+    # It dials once a second.
+    eventually(lambda: attachments(world.cards[ONE]))
     guest.run("until ping -c 1 -W 1 10.1.0.1 >/dev/null; do :; done")
     through(guest, "10.1.0.1")
-
-
-def eventually_attached(card: Card) -> None:
-    """Wait for the front end: QEMU dials once a second."""
-    tick = threading.Event()
-    for _ in range(400):
-        if attachments(card):
-            return
-        tick.wait(0.05)
-    raise AssertionError(card.serving.tail())
 
 
 def test_the_guest_goes_for_good(world: World, guest: QemuGuest) -> None:

@@ -11,8 +11,7 @@ import re
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from scapy.packet import Packet
 from scapy.utils import RawPcapReader, rdpcap
 
 from interop import exchange
-from interop.conftest import Card, Ip, Served
+from interop.conftest import Card, Ip, Served, eventually
 from interop.exchange import Digests, Listener
 from pyvhost.cli.guests import UmlGuest
 from requirements import need_program, need_root
@@ -397,16 +396,6 @@ while len(frames) < 1000:
         frames.append(frame)
 print(f"{len(frames)} of {sorted({len(frame) for frame in frames})} bytes, {len(set(frames))} kind")
 """
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Waits for what nothing announces, counters in a file."""
-    tick = threading.Event()
-    for _ in range(int(seconds / 0.05)):
-        if condition():
-            return
-        tick.wait(0.05)
-    assert condition()
 
 
 # --- coming and going ------------------------------------------------------------------------------------
