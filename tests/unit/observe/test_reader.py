@@ -280,8 +280,9 @@ def test_where_a_user_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_reader_and_writer_look_in_the_same_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with CounterFile(FIELDS) as file:
-        (found,) = [p for p in reader.snapshot().processes if p.pid == os.getpid()]
-        assert found.path == file.path
+        # Devices of other tests may have made this process a file elsewhere.
+        found = [process.path for process in reader.snapshot().processes if process.pid == os.getpid()]
+        assert file.path in found
 
 
 def test_it_is_quick_to_import() -> None:
