@@ -154,8 +154,8 @@ class Demo:
                 elif now.monotonic - last_print >= _PRINT_SECONDS:
                     self.console.print(shown)
                     last_print = now.monotonic
-        if live:
-            # The last look with traffic stays on the screen.
+        if live or last_print == first.monotonic:
+            # The last look with traffic stays on the screen; where nothing was printed yet it is the one.
             self.console.print(shown)
         thread.join()
         if problems:

@@ -7,6 +7,7 @@ have is told as DemoError before anything is served. Never: knows how what it do
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -79,6 +80,8 @@ def make_ends(kind: str, sockets: Sequence[Path], say: Say) -> Ends:
     if kind == "uml":
         if shutil.which(uml.PROGRAM) is None:
             raise DemoError(f"apt-get install {uml.PACKAGE}")
+        if not _on_host("ip"):
+            raise DemoError("its root is this host's, and has no ip(8): apt-get install iproute2")
         return UmlEnds([UmlGuest([path], name=f"guest {path.name}") for path in sockets])
     if kind == "qemu":
         if shutil.which(qemu.PROGRAM) is None:
@@ -128,6 +131,9 @@ class GuestEnds(Ends):
         self._guests[0].run("ip address show dev eth0", on_line=say)
 
     def _show_ping(self, say: Say) -> None:
+        if isinstance(self._guests[0], UmlGuest) and not _on_host("ping"):
+            say("(this host, whose programs the guest runs, has no ping: apt-get install iputils-ping)")
+            return
         self._guests[0].run(f"ping -c 4 -i 0.3 {_ADDRESSES[1]}", on_line=say)
 
     def check(self) -> None:
@@ -177,6 +183,12 @@ class QemuEnds(GuestEnds):
             self.result += (
                 f"; {json.loads(said)['end']['sum_received']['bits_per_second'] / 1e9:.2f} Gbit/s by iperf3"
             )
+
+
+def _on_host(program: str) -> bool:
+    """Whether a guest whose root is the host's finds it there, or in busybox."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    return any(shutil.which(name, path=path) for name in (program, "busybox"))
 
 
 def _pid(guest: Guest) -> str:
