@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -266,7 +267,9 @@ def test_a_ring_at_fault_is_a_member_still(lan: Lan) -> None:
     queue.ring.avail_idx = slot + 1
     queue.kick()
     c.receive()
+    deadline = time.monotonic() + PATIENCE
     while not queue.ring.used_pending():
+        assert time.monotonic() < deadline, "nobody sends to it any more"
         a.send(frame(A, EVERYBODY))
         c.receive()
     assert queue.ring.pop_used() is not None
