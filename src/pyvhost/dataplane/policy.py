@@ -9,6 +9,7 @@ Never: decides what a kernel does.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -122,6 +123,15 @@ def _progress(what: str) -> Iterator[None]:
         print(f" {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process compiles, the others wait and load; where a file can't be locked, each for itself."""
+    with contextlib.ExitStack() as closing:
+        with contextlib.suppress(OSError):
+            fcntl.flock(closing.enter_context(path.open("w")), fcntl.LOCK_EX)
+        yield
+
+
 def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
     """Compiles `loops`, or loads them from the cache: pairs of a kernel and example arguments.
 
@@ -134,8 +144,11 @@ def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
     if not missing:
         return
     stamp = CACHE / f"{what.replace(' ', '-')}.ready" if CACHE else None
-    warm = stamp is not None and stamp.exists()
-    with contextlib.nullcontext() if warm else _progress(what):
+    with contextlib.ExitStack() as compiling:
+        if stamp is not None and not stamp.exists():
+            compiling.enter_context(_turn(stamp.with_suffix(".lock")))
+        if stamp is None or not stamp.exists():
+            compiling.enter_context(_progress(what))
         try:
             _compile(missing)
         except Exception:
@@ -147,9 +160,9 @@ def prepare(what: str, loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
             _compile(missing)
             # What came from the old cache before is not in the new one: the next process completes it.
             stamp = None
-    if stamp is not None:
-        with contextlib.suppress(OSError):
-            stamp.touch()
+        if stamp is not None:
+            with contextlib.suppress(OSError):
+                stamp.touch()
 
 
 def _compile(loops: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
