@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ compiled = SimpleNamespace(
 
 def _twin(function: Callable[..., object]) -> Callable[..., object]:
     """The same kernel on the plain half."""
-    python: FunctionType = getattr(function, "py_func", function)
+    python: Any = getattr(function, "py_func", function)
     names = {**python.__globals__, **{name: getattr(plain, name) for name in access.__all__}}
     return FunctionType(python.__code__, names, python.__name__)
 
