@@ -13,15 +13,18 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from pyvhost.cli.guests import agent
 from pyvhost.cli.guests.base import Guest, GuestError, LineCallback
 from pyvhost.cli.guests.initramfs import Initramfs, InitramfsError
 from pyvhost.cli.guests.kernel import Kernel, KernelError, find_kernel
 from pyvhost.cli.guests.modules import ModuleError, content, load_order
-from pyvhost.cli.guests.qmp import Qmp, QmpError
+from pyvhost.cli.guests.qmp import Message, Qmp, QmpError
+
+_T = TypeVar("_T")
 
 PROGRAM = "qemu-system-x86_64"
 PACKAGE = "qemu-system-x86"
@@ -51,6 +54,9 @@ class QemuGuest(Guest):
 
     `kernel` is what to boot (default: `find_kernel()`); `programs` are the host's, taken into the guest if the
     host has them. `reconnect`: seconds after which QEMU dials a back end again that has gone, 0 for never.
+    `machine`: QEMU's, with options after commas; `devices`: values of `-device`, before the NICs;
+    `kernel_arguments`: more for the kernel's command line. `incoming`: it does not boot, but waits, paused, for
+    what another one is: see `migration`.
     """
 
     def __init__(
@@ -61,10 +67,14 @@ class QemuGuest(Guest):
         memory_mib: int = 256,
         cpus: int | None = None,
         accelerator: str = "tcg",
+        machine: str = "pc",
+        devices: Sequence[str] = (),
         kernel: Kernel | None = None,
+        kernel_arguments: str = "",
         modules: Sequence[str] = ("virtio_pci", "virtio_net"),
         programs: Sequence[str] = ("ethtool", "iperf3"),
         reconnect: int = 0,
+        incoming: bool = False,
         on_line: LineCallback | None = None,
     ) -> None:
         super().__init__(name, on_line=on_line)
@@ -72,11 +82,16 @@ class QemuGuest(Guest):
         self.memory_mib = memory_mib
         self.cpus = cpus or max([1, *(nic.queue_pairs for nic in nics)])
         self.accelerator = accelerator
+        self.machine = machine
+        self.devices = list(devices)
         self.kernel = kernel
+        self.kernel_arguments = kernel_arguments
+        self.incoming = incoming
         self.modules = list(modules)
         self.programs = list(programs)
         self.reconnect = reconnect
         self._monitor: socket.socket | None = None
+        self._incoming_path: Path | None = None
         self._qmp: Qmp | None = None
 
     @property
@@ -85,6 +100,61 @@ class QemuGuest(Guest):
         if self._qmp is None:
             raise GuestError(f"{self.name} has no monitor: it was not started")
         return self._qmp
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """A command to its monitor, and what that returns. GuestError: QEMU refused it, or went away."""
+        return self._told_by_qmp(lambda qmp: qmp.execute(command, **arguments))
+
+    def wait_event(
+        self, name: str, matching: Callable[[Message], bool] = lambda data: True, timeout: float = 30.0
+    ) -> Message:
+        """The data of the monitor's next event of that name. GuestError: none within `timeout` seconds."""
+        return self._told_by_qmp(lambda qmp: qmp.wait_event(name, matching=matching, timeout=timeout))
+
+    # Migration: see `migration`.
+
+    @property
+    def incoming_path(self) -> Path:
+        """Where another QEMU's migration comes in. GuestError: it was not launched."""
+        if self._incoming_path is None:
+            raise GuestError(f"{self.name} has not been started")
+        return self._incoming_path
+
+    def twin(self, sockets: Sequence[str | Path], name: str) -> Self:
+        """Another one of the same parts, for this one's guest to migrate to; its NICs' back ends are at `sockets`."""
+        nics = [
+            replace(nic, socket=path, mac=nic.address) for nic, path in zip(self.nics, sockets, strict=True)
+        ]
+        return type(self)(
+            nics,
+            name=name,
+            memory_mib=self.memory_mib,
+            cpus=self.cpus,
+            accelerator=self.accelerator,
+            machine=self.machine,
+            devices=self.devices,
+            kernel=self.kernel,
+            kernel_arguments=self.kernel_arguments,
+            modules=self.modules,
+            programs=self.programs,
+            reconnect=self.reconnect,
+            incoming=True,
+        )
+
+    def take_over(self, source: QemuGuest) -> None:
+        """The guest that ran in `source` runs here now: commands go here."""
+        self._boots = source._boots[:]
+
+    def wait_booted(self, timeout: float = 60.0) -> Self:
+        """As of any guest; one that is to come in is only waited for until it has a monitor."""
+        if not self.incoming:
+            return super().wait_booted(timeout)
+        try:
+            self._launched()
+        except BaseException:
+            self.stop()
+            raise
+        return self
 
     # NICs by number, as in `nics`, while it runs.
 
@@ -144,11 +214,17 @@ class QemuGuest(Guest):
             raise GuestError(f"{self.name}: {problem}") from problem
         self._monitor, monitor = socket.socketpair()
         argv = [program, "-nodefaults", "-no-user-config", "-display", "none"]
-        argv += ["-machine", f"pc,accel={self.accelerator},memory-backend=mem", "-smp", str(self.cpus)]
+        argv += [
+            "-machine",
+            f"{self.machine},accel={self.accelerator},memory-backend=mem",
+            "-smp",
+            str(self.cpus),
+        ]
         argv += ["-m", f"{self.memory_mib}M"]
         argv += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on"]
         argv += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
-        argv += ["-append", "console=ttyS0 panic=-1 quiet loglevel=5 no_timer_check tsc=reliable"]
+        arguments = "console=ttyS0 panic=-1 quiet loglevel=5 no_timer_check tsc=reliable"
+        argv += ["-append", f"{arguments} {self.kernel_arguments}".rstrip()]
         argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         argv += ["-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"]
         argv += [
@@ -157,11 +233,16 @@ class QemuGuest(Guest):
             "-mon",
             "chardev=monitor,mode=control",
         ]
+        for device in self.devices:
+            argv += ["-device", device]
         for number, nic in enumerate(self.nics):
             again = f",reconnect={self.reconnect}" if self.reconnect else ""
             argv += ["-chardev", f"socket,id=chr{number},path={_escaped(nic.socket)}{again}"]
             argv += ["-netdev", f"vhost-user,id=net{number},chardev=chr{number},queues={nic.queue_pairs}"]
             argv += ["-device", _device(number, nic, self.accelerator)]
+        if self.incoming:
+            self._incoming_path = folder / "incoming"
+            argv += ["-S", "-incoming", "defer"]
         return argv, {}, [monitor]
 
     def _launched(self) -> None:
@@ -195,9 +276,9 @@ class QemuGuest(Guest):
         tree.add_file("init", agent.qemu_init(_TTY, modules).encode(), executable=True)
         return tree.packed()
 
-    def _told_by_qmp(self, act: Callable[[Qmp], object]) -> None:
+    def _told_by_qmp(self, act: Callable[[Qmp], _T]) -> _T:
         try:
-            act(self.qmp)
+            return act(self.qmp)
         except QmpError as problem:
             raise GuestError(self._told(f"{self.name}: {problem}")) from problem
 

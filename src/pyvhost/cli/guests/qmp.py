@@ -65,6 +65,10 @@ class Qmp:
             if "event" in message:
                 self.events.append(message)
 
+    def forget_events(self, *names: str) -> None:
+        """Those of these names that have come are waited for by nobody."""
+        self.events = [event for event in self.events if event["event"] not in names]
+
     def close(self) -> None:
         """Let go of the socket."""
         self._sock.close()

@@ -76,6 +76,16 @@ def test_events_wait_for_whoever_asks(monitor: tuple[Qmp, FakeQemu]) -> None:
     assert client.wait_event("RESET") == {"guest": True}
 
 
+def test_events_of_yesterday_are_forgotten(monitor: tuple[Qmp, FakeQemu]) -> None:
+    client, qemu = monitor
+    qemu.say({"event": "MIGRATION", "data": {"status": "cancelled"}}, {"event": "STOP"}, {"return": {}})
+    client.execute("query-status")
+    client.forget_events("MIGRATION", "RESUME")
+    qemu.say({"event": "MIGRATION", "data": {"status": "completed"}})
+    assert client.wait_event("MIGRATION") == {"status": "completed"}
+    assert client.wait_event("STOP") == {}
+
+
 def test_a_monitor_that_is_silent(monitor: tuple[Qmp, FakeQemu]) -> None:
     client, _ = monitor
     with pytest.raises(QmpError, match="did not send event RESET in time"):
