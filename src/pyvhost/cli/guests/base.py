@@ -35,6 +35,7 @@ CONSOLE_LINES = 4000
 GRACE_SECONDS = 10.0
 
 _READY = re.compile(rf"{agent.READY} (\S+)")
+_REFUSED = re.compile(rf"{agent.REFUSED} (.*)")
 _END = re.compile(r"[0-9a-f]{16} \d+")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[@-Z\\-_])")
 
@@ -78,6 +79,7 @@ class Guest(ABC):
         self._boots: list[str] = []
         self._ended = False
         self._unanswered = False
+        self._refused = ""  # why the last request was not run
         self._folder: TemporaryDirectory[str] | None = None
 
     # What each kind of guest does its own way.
@@ -251,7 +253,8 @@ class Guest(ABC):
         """Run a shell script, or one command with its arguments, in the guest, as its root.
 
         `on_line` is called with each line of output as it comes, on the guest's thread. GuestError: with `check`,
-        the status was not 0; GuestTimeoutError: it ran longer than `timeout` seconds and was ended in the guest.
+        the status was not 0, or the request came through damaged and was not run; GuestTimeoutError: it ran longer
+        than `timeout` seconds and was ended in the guest.
         """
         script = command if isinstance(command, str) else " ".join(_quote(word) for word in command)
         token = secrets.token_hex(8)
@@ -262,15 +265,22 @@ class Guest(ABC):
             self._received = ""
             self._shell_line = on_line
             self._blank = 0
+            self._refused = ""
             self._unanswered = True
         self._send(agent.request(token, script, timeout))
         self._wait_for(
-            lambda: end.search("\n" + self._received) is not None,
+            lambda: bool(self._refused) or end.search("\n" + self._received) is not None,
             f"to run: {script}",
             timeout + GRACE_SECONDS,
             lambda: self._received,
         )
         with self._changed:
+            if self._refused:
+                self._shell_line = None
+                self._unanswered = False
+                raise GuestError(
+                    self._told(f"{self.name} did not understand a request ({self._refused}): {script}")
+                )
             found = end.search("\n" + self._received)
             assert found is not None
             output = ("\n" + self._received)[1 : found.start()] if found.start() else ""
@@ -347,6 +357,10 @@ class Guest(ABC):
             with self._changed:
                 self._boots.append(ready[1])
                 self._received = ""
+            return
+        if refused := _REFUSED.fullmatch(line):
+            with self._changed:
+                self._refused = refused[1]
             return
         # The end of an output is a newline more and the token: an empty line waits for what follows it.
         if (callback := self._shell_line) is not None and not _END.fullmatch(line) and line:

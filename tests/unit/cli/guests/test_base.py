@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def ready(boot):
 boot = 1
 ready(boot)
 for line in lines:
-    token, seconds, script = line.split()
+    token, seconds, *length, script = line.split()
     if token == "poweroff":
         print("console: off", flush=True)
         break
@@ -155,3 +156,49 @@ def test_a_guest_that_ignores_sigterm_is_killed() -> None:
 def test_escape_sequences_stay_off_the_console() -> None:
     with StandIn("print('\\x1b[1;31mred\\x1b[0m', flush=True)\n" + STAND_IN) as guest:
         assert guest.console[0] == "red"
+
+
+class ShellGuest(Guest):
+    """What a guest's own agent is, served by the host's sh."""
+
+    # sh knows descriptors of one digit.
+    LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execvp('sh', ['sh', '-c', *sys.argv[2:]])"
+    FUNCTIONS = "poweroff_now() { exit 0; }\nreboot_now() { exit 1; }\nline_gone() { exit 2; }\nTMPDIR=$0\n"
+
+    def _command(
+        self, folder: Path, shell: socket.socket
+    ) -> tuple[list[str], dict[str, str], list[socket.socket]]:
+        script = self.FUNCTIONS + agent.LOOP
+        return [sys.executable, "-I", "-c", self.LAUNCH, str(shell.fileno()), script, str(folder)], {}, []
+
+
+def test_the_agent_runs_scripts_and_ends_when_told() -> None:
+    with ShellGuest("sh") as guest:
+        assert guest.run("echo one; echo two >&2; printf three").output == "one\ntwo\nthree"
+        assert guest.run("exit 7", check=False).status == 7
+        assert guest.run("true").output == ""
+        assert guest.power_off() == 0
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda line: line[20:],
+        lambda line: line[3:],
+        lambda line: line[:30] + line[31:],
+        lambda line: line[-5:],
+        lambda line: b"\n",
+        lambda line: b"!" + line[1:],
+        lambda line: line[:-6] + b"*" + line[-5:],
+    ],
+)
+def test_a_damaged_request_is_answered_and_not_run(
+    cut: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = agent.request
+    with ShellGuest("sh") as guest:
+        monkeypatch.setattr(agent, "request", lambda *words: cut(whole(*words)))
+        with pytest.raises(GuestError, match="did not understand a request"):
+            guest.run("echo it ran; exit 9", check=False)
+        monkeypatch.undo()
+        assert guest.run("echo and on").output == "and on\n"
