@@ -49,13 +49,23 @@ class Served:
         self.folder = folder
         self._servings: list[Serving] = []
 
-    def start(self, name: str, backend: str, *options: str, sockets: int = 1) -> list[Card]:
-        """Cards with the same backend, in one process. It is not waited for: see `wait`."""
+    def start(
+        self,
+        name: str,
+        backend: str,
+        *options: str,
+        sockets: int = 1,
+        on_line: Callable[[str], None] | None = None,
+    ) -> list[Card]:
+        """Cards with the same backend, in one process. It is not waited for: see `wait`.
+
+        `on_line` is called with each line that it prints, on a thread of its own.
+        """
         paths = [self.folder / f"{name}{number}" for number in range(sockets)]
         arguments = ["net", "--backend", backend, *options]
         for path in paths:
             arguments += ["--socket-path", str(path)]
-        serving = Serving(arguments, paths)
+        serving = Serving(arguments, paths, on_line=on_line)
         self._servings.append(serving)
         return [Card(serving, path) for path in paths]
 

@@ -16,7 +16,8 @@ import pytest
 
 from interop import exchange
 from interop.conftest import Card, Ip, Served, eventually
-from interop.exchange import Digests, Listener
+from interop.exchange import Digests
+from interop.transfer import SEND, through
 from pyvhost.cli.guests import Guest, Kernel, Nic, QemuGuest, UmlGuest
 from requirements import need_program, need_root
 
@@ -128,29 +129,6 @@ def guest(world: World) -> QemuGuest:
     return world.guest
 
 
-def through(guest: Guest, address: str, guest_sees: str | None = None, size: int = SIZE) -> None:
-    """Files over TCP, from the guest to the host and back, each whole at the other end."""
-    listener = Listener(address, 0)
-    sent = guest.run(
-        SEND.format(size=size, address=guest_sees or address, port=listener.port), timeout=60
-    ).output
-    assert listener.digests().received == sent.split()[0]
-    listener = Listener(address, size)
-    # nc leaves when its input ends: that of this one does not.
-    received = guest.run(
-        f"mkfifo /tmp/never 2>/dev/null; nc {guest_sees or address} {listener.port} <>/tmp/never | sha256sum",
-        timeout=60,
-    ).output
-    assert listener.digests().sent == received.split()[0]
-
-
-SEND = """
-dd if=/dev/urandom of=/tmp/sent bs={size} count=1 2>/dev/null
-nc {address} {port} </tmp/sent
-sha256sum </tmp/sent
-"""
-
-
 def iperf3(guest: Guest, address: str, options: str) -> str:
     """What the guest's iperf3 says of a run against the host's."""
     program = need_program("iperf3")
@@ -185,7 +163,7 @@ def to_the_far_guest(world: World, name: str = "switch") -> None:
 def test_one_queue_pair_on_a_tap(guest: QemuGuest) -> None:
     need_root()
     guest.run("ping -c 2 10.1.0.1")
-    through(guest, "10.1.0.1")
+    through(guest, "10.1.0.1", SIZE)
 
 
 @pytest.mark.parametrize("options", ["", "-R", "-u -b 50M", "-u -b 50M -R"])
@@ -206,7 +184,7 @@ def test_four_queue_pairs(world: World, guest: QemuGuest) -> None:
     channels = guest.run(f"ethtool -l {world.interface('four')}").output
     assert re.findall(r"Combined:\s+(\d+)", channels) == ["4", "4"], channels
     guest.run("ping -c 1 10.2.0.1")
-    through(guest, "10.2.0.1")
+    through(guest, "10.2.0.1", SIZE)
     pinned = " & ".join(f"taskset {1 << cpu:x} ping -c 3 -i 0.2 10.2.0.1 >/dev/null" for cpu in range(4))
     guest.run(f"{pinned} & wait")
     for pair in range(4):
@@ -221,12 +199,12 @@ def test_the_driver_changes_the_number_of_pairs(world: World, guest: QemuGuest) 
     interface = world.interface("four")
     for pairs in (1, 3, 4):
         guest.run(f"ethtool -L {interface} combined {pairs}")
-        through(guest, "10.2.0.1")
+        through(guest, "10.2.0.1", SIZE)
 
 
 def test_packet(guest: QemuGuest) -> None:
     need_root()
-    through(guest, host("packet"))
+    through(guest, host("packet"), SIZE)
 
 
 def test_a_switch_with_another_kind_of_guest(world: World) -> None:
@@ -240,7 +218,7 @@ def test_a_stream_to_another_kind_of_guest(world: World) -> None:
 def test_user(world: World, guest: QemuGuest) -> None:
     """The gateway leads to the host's loopback."""
     guest.run(f"ip route add default via 10.99.0.1 dev {world.interface('user')}")
-    through(guest, "127.0.0.1", "10.99.0.1", LITTLE)
+    through(guest, "127.0.0.1", LITTLE, "10.99.0.1")
 
 
 def test_loop(world: World, guest: QemuGuest) -> None:
@@ -315,7 +293,7 @@ def test_the_guest_reboots(world: World, guest: QemuGuest) -> None:
 def test_the_machine_is_reset_under_load(world: World, guest: QemuGuest) -> None:
     """No driver says goodbye: QEMU stops the rings while they carry traffic."""
     name = "four" if world.ip is not None else "switch"
-    guest.run(f"ping -f -q -s 1400 {host(name)} >/dev/null 2>&1 &")
+    guest.run(f"ping -A -q -s 1400 {host(name)} >/dev/null 2>&1 &")
     guest.reset(120)
     world.set_up()
     traffic_everywhere(world)
@@ -324,8 +302,8 @@ def test_the_machine_is_reset_under_load(world: World, guest: QemuGuest) -> None
 def traffic_everywhere(world: World) -> None:
     to_the_far_guest(world)
     if world.ip is not None:
-        through(world.guest, "10.1.0.1")
-        through(world.guest, "10.2.0.1")
+        through(world.guest, "10.1.0.1", SIZE)
+        through(world.guest, "10.2.0.1", SIZE)
 
 
 def test_the_back_end_goes_and_comes_back(world: World, guest: QemuGuest) -> None:
@@ -341,7 +319,7 @@ def test_the_back_end_goes_and_comes_back(world: World, guest: QemuGuest) -> Non
     # It dials once a second.
     eventually(lambda: attachments(world.cards["one"]))
     guest.run("until ping -c 1 -W 1 10.1.0.1 >/dev/null; do :; done")
-    through(guest, "10.1.0.1")
+    through(guest, "10.1.0.1", SIZE)
 
 
 def test_the_guest_goes_for_good(world: World, guest: QemuGuest) -> None:
