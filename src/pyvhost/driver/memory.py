@@ -4,6 +4,8 @@ A `GuestMemory` is one region or several, with or without gaps between them, eac
 an offset in a shared one. It hands out room, reads and writes at guest addresses, and says what a memory
 table must say of it. Addresses and sizes are bytes.
 
+Memory that no other process is to see needs no file: `anonymous` is this process's own shared mapping.
+
 Promises: a read or write that is not wholly inside guest memory touches nothing and raises GuestMemoryError;
 one that crosses from a region into its neighbour works. Aligned accesses through `words` are single loads
 and stores. Never: orders anything (see `barrier`), and never writes with `struct.pack_into`, which clears
@@ -46,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One row of the memory table, as a front end sends it."""
+    """One row of the memory table, as a front end sends it; `fd` is -1 where there is no file."""
 
     guest_phys_addr: int
     memory_size: int
@@ -76,12 +78,14 @@ class _Mapping:
 class GuestMemory:
     """The memory of one guest.
 
-    `layout` is a size in bytes, or the regions wanted, in any order. Raises ValueError for regions that
+    `layout` is a size in bytes, or the regions wanted, in any order; `anonymous` memory has no files, for a
+    device in this process or in the kernel, and its regions share nothing. Raises ValueError for regions that
     overlap or are empty, OSError when the system gives no memory.
     """
 
-    def __init__(self, layout: int | Iterable[Span] = 64 * MIB) -> None:
+    def __init__(self, layout: int | Iterable[Span] = 64 * MIB, *, anonymous: bool = False) -> None:
         spans = [Span(0, layout)] if isinstance(layout, int) else list(layout)
+        self.anonymous = anonymous
         self._files: dict[int, int] = {}
         self._fds: set[int] = set()
         self._mappings: list[_Mapping] = []
@@ -109,13 +113,19 @@ class GuestMemory:
         for other in self.regions:
             if start < other.end and other.guest_phys_addr < start + size:
                 raise ValueError(f"a region at {start:#x} of {size:#x} bytes overlaps {other}")
-        fd = self._file(span)
-        end = span.mmap_offset + size
-        if os.fstat(fd).st_size < end:
-            os.ftruncate(fd, -(-end // PAGE) * PAGE)
         # mmap wants a page boundary; a region may begin behind it.
         lead = span.mmap_offset % PAGE
-        mapped = mmap.mmap(fd, lead + size, offset=span.mmap_offset - lead)
+        if self.anonymous:
+            if span.file is not None:
+                raise ValueError(f"a region at {start:#x} can't share a file: this memory has none")
+            fd = -1
+            mapped = mmap.mmap(-1, lead + size)
+        else:
+            fd = self._file(span)
+            end = span.mmap_offset + size
+            if os.fstat(fd).st_size < end:
+                os.ftruncate(fd, -(-end // PAGE) * PAGE)
+            mapped = mmap.mmap(fd, lead + size, offset=span.mmap_offset - lead)
         here = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + lead
         told = here if span.userspace_addr is None else span.userspace_addr
         region = Region(start, size, told, span.mmap_offset, fd)

@@ -14,59 +14,28 @@ kicks or waits (see `queue`), nor touches the contents of a buffer. Not thread-s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol
 
-from pyvhost.abi import virtio
+from pyvhost.abi import vhost, virtio
 from pyvhost.driver import barrier
 from pyvhost.driver.errors import DeviceError, RingFullError
 from pyvhost.driver.memory import GuestMemory
-
-ByteOrder = Literal["little", "big"]
-Buffer = tuple[int, int]
-"""A guest address and a length in bytes."""
+from pyvhost.driver.ring_parts import Buffer as Buffer
+from pyvhost.driver.ring_parts import ByteOrder as ByteOrder
+from pyvhost.driver.ring_parts import Descriptor as Descriptor
+from pyvhost.driver.ring_parts import DescriptorTable as DescriptorTable
+from pyvhost.driver.ring_parts import RingLayout as RingLayout
+from pyvhost.driver.ring_parts import swappers
 
 _WRAP = 0xFFFF
+# Of descriptor table, available and used ring. The device also reads the used index, when it starts.
+_PERMISSIONS = (vhost.ACCESS_RO, vhost.ACCESS_RO, vhost.ACCESS_RW)
 
 
-class RingLayout(NamedTuple):
-    """The guest addresses of a ring's three parts."""
-
-    desc: int
-    avail: int
-    used: int
-
-    @staticmethod
-    def sizes(size: int) -> tuple[int, int, int]:
-        """Bytes of the descriptor table, the available ring and the used ring, their event words included."""
-        return 16 * size, 6 + 2 * size, 6 + 8 * size
-
-    @classmethod
-    def allocate(
-        cls, memory: GuestMemory, size: int, regions: tuple[int | None, int | None, int | None] = (None,) * 3
-    ) -> RingLayout:
-        """Three parts wherever there is room, or each in a region of the caller's choice."""
-        parts = zip(cls.sizes(size), (16, 2, 4), regions, strict=True)
-        return cls(*(memory.allocate(length, align, region) for length, align, region in parts))
-
-    @classmethod
-    def legacy(cls, memory: GuestMemory, size: int, align: int = 4096) -> RingLayout:
-        """The one layout of a legacy PCI device: one piece, the used ring on the next `align` boundary."""
-        desc_size, avail_size, used_size = cls.sizes(size)
-        used_offset = -(-(desc_size + avail_size) // align) * align
-        start = memory.allocate(used_offset + used_size, align)
-        return cls(start, start + desc_size, start + used_offset)
-
-
-class Descriptor(NamedTuple):
-    """One descriptor, as it lies in guest memory (virtio 1.3, 2.7.5)."""
-
-    addr: int
-    len: int
-    flags: int
-    next: int
+def _permission(flags: int) -> int:
+    return vhost.ACCESS_WO if flags & virtio.VRING_DESC_F_WRITE else vhost.ACCESS_RO
 
 
 class Used(NamedTuple):
@@ -79,61 +48,27 @@ class Used(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain in the device's hands: the descriptors it holds, its indirect table, its writable bytes."""
+    """A chain in the device's hands: the descriptors it holds, its indirect table, its writable bytes, and
+    what was mapped for it.
+    """
 
     descriptors: tuple[int, ...]
     table: int | None
     writable: int
     token: object
+    mapped: tuple[int, ...] = ()
 
 
-def _same(value: int) -> int:
-    return value
+class Dma(Protocol):
+    """What makes a guest address one that the device uses, where the two differ (see `iommu`)."""
 
+    def map(self, address: int, length: int, perm: int) -> int:
+        """The device's address of `length` bytes at a guest address; `perm` is one of vhost's ACCESS_*."""
+        ...
 
-def _swap16(value: int) -> int:
-    return (value & 0xFF) << 8 | value >> 8
-
-
-def _swap32(value: int) -> int:
-    return int.from_bytes(value.to_bytes(4, "little"), "big")
-
-
-def _swap64(value: int) -> int:
-    return int.from_bytes(value.to_bytes(8, "little"), "big")
-
-
-def _swappers(order: ByteOrder) -> tuple[Callable[[int], int], ...]:
-    return (_same, _same, _same) if order == sys.byteorder else (_swap16, _swap32, _swap64)
-
-
-class DescriptorTable:
-    """`count` descriptors at a guest address: a ring's own table, or an indirect one."""
-
-    def __init__(
-        self, memory: GuestMemory, address: int, count: int, byteorder: ByteOrder = "little"
-    ) -> None:
-        self.count = count
-        self._u16, self._u32, self._u64 = _swappers(byteorder)
-        self._q = memory.words(address, 2 * count, "Q")
-        self._i = memory.words(address, 4 * count, "I")
-        self._h = memory.words(address, 8 * count, "H")
-
-    def __getitem__(self, index: int) -> Descriptor:
-        h = self._h
-        return Descriptor(
-            self._u64(self._q[2 * index]),
-            self._u32(self._i[4 * index + 2]),
-            self._u16(h[8 * index + 6]),
-            self._u16(h[8 * index + 7]),
-        )
-
-    def set(self, index: int, addr: int, length: int, flags: int, following: int = 0) -> None:
-        """Write one descriptor; its words are not ordered among themselves."""
-        self._q[2 * index] = self._u64(addr)
-        self._i[4 * index + 2] = self._u32(length)
-        self._h[8 * index + 6] = self._u16(flags)
-        self._h[8 * index + 7] = self._u16(following)
+    def unmap(self, iova: int) -> None:
+        """Take back what `map` gave: when this returns the device uses it no more."""
+        ...
 
 
 class SplitRing:
@@ -141,7 +76,8 @@ class SplitRing:
 
     `layout` None allocates one. `event_idx` says that VIRTIO_RING_F_EVENT_IDX was negotiated. `byteorder` is
     "little", or a legacy guest's own. A ring starts cleared; `start` other than 0 begins its indices there,
-    as after a ring that was stopped and taken up again.
+    as after a ring that was stopped and taken up again. With `dma` the device is told mapped addresses only:
+    the ring's parts stay mapped until `close`, each buffer and indirect table from `add` to `pop_used`.
     """
 
     def __init__(
@@ -153,6 +89,7 @@ class SplitRing:
         event_idx: bool = False,
         byteorder: ByteOrder = "little",
         start: int = 0,
+        dma: Dma | None = None,
     ) -> None:
         if not 0 < size <= virtio.QUEUE_SIZE_MAX or size & (size - 1):
             raise ValueError(f"a split ring has a power of two of entries up to 32768, not {size}")
@@ -161,8 +98,10 @@ class SplitRing:
         self.layout = layout or RingLayout.allocate(memory, size)
         self.event_idx = event_idx
         self.byteorder: ByteOrder = byteorder
-        self._owned = layout is None
-        self._u16, self._u32, _ = _swappers(byteorder)
+        self.dma = dma
+        self._room = self.layout if layout is None else None
+        self._u16, self._u32, _ = swappers(byteorder)
+        self._bus: RingLayout | None = None
         self._map()
         self.reset(start)
 
@@ -172,6 +111,37 @@ class SplitRing:
         self._used = self.memory.words(self.layout.used, 4 * self.size + 3, "H")
         # The used ring's elements begin on a boundary of 4; the odd last u16 is not part of this view.
         self._elements = self.memory.words(self.layout.used, 2 * self.size + 1, "I")
+        if self.dma is not None:
+            parts = zip(self.layout, RingLayout.sizes(self.size), _PERMISSIONS, strict=True)
+            self._bus = RingLayout(*(self.dma.map(at, size, perm) for at, size, perm in parts))
+
+    @property
+    def addresses(self) -> RingLayout:
+        """Where the parts lie for SET_VRING_ADDR: mapped addresses, or without `dma` user addresses."""
+        if self._bus is not None:
+            return self._bus
+        return RingLayout(*(self.memory.user_address(part) for part in self.layout))
+
+    def move(self, layout: RingLayout, tell: Callable[[], object], *, copy: bool = True) -> RingLayout:
+        """Use the parts at `layout` from now on, `tell` the device (SET_VRING_ADDR); returns where they were.
+
+        `copy` takes the bytes along: only while the device writes none. Not `copy`: both are the same memory,
+        seen at two addresses. What was there before is the caller's, but for room that `close` gives back.
+        """
+        old, bus = self.layout, self._bus
+        if copy:
+            for there, here, size in zip(layout, old, RingLayout.sizes(self.size), strict=True):
+                self.memory.write(there, self.memory.read(here, size))
+        self.layout = layout
+        self._map()
+        tell()
+        self._unmap(bus or ())
+        return old
+
+    def _unmap(self, iovas: Iterable[int]) -> None:
+        if self.dma is not None:
+            for iova in iovas:
+                self.dma.unmap(iova)
 
     def reset(self, start: int = 0) -> None:
         """Clear the shared parts and forget every chain. Only while the device does not use the ring.
@@ -179,6 +149,7 @@ class SplitRing:
         Indirect tables of chains still out are given back to memory.
         """
         for chain in getattr(self, "_chains", {}).values():
+            self._unmap(chain.mapped)
             if chain.table is not None:
                 self.memory.free(chain.table)
         for address, length in zip(self.layout, RingLayout.sizes(self.size), strict=True):
@@ -195,10 +166,12 @@ class SplitRing:
 
     def close(self) -> None:
         """Give the ring's room back to guest memory, if it was allocated here."""
-        if self._owned:
-            for address in self.layout:
+        self._unmap(self._bus or ())
+        self._bus = None
+        if self._room is not None:
+            for address in self._room:
                 self.memory.free(address)
-            self._owned = False
+            self._room = None
 
     # --- giving buffers to the device ------------------------------------------------------------------
 
@@ -240,14 +213,23 @@ class SplitRing:
         if needed > len(self._free):
             raise RingFullError(f"{needed} descriptors wanted, {len(self._free)} of {self.size} are free")
         indices = [self._free.pop() for _ in range(needed)]
+        mapped: list[int] = []
+        if self.dma is not None:
+            mapped = [self.dma.map(addr, length, _permission(flags)) for addr, length, flags in buffers]
+            buffers = [(iova, size, flags) for iova, (_, size, flags) in zip(mapped, buffers, strict=True)]
         table = None
         if indirect:
             table = self._indirect_table(buffers)
-            self.desc.set(indices[0], table, 16 * len(buffers), virtio.VRING_DESC_F_INDIRECT)
+            size = 16 * len(buffers)
+            told = table
+            if self.dma is not None:
+                told = self.dma.map(table, size, vhost.ACCESS_RO)
+                mapped.append(told)
+            self.desc.set(indices[0], told, size, virtio.VRING_DESC_F_INDIRECT)
         else:
             self._write_chain(self.desc, indices, buffers)
         total = sum(length for _, length in writable)
-        self._chains[indices[0]] = Chain(tuple(indices), table, total, token)
+        self._chains[indices[0]] = Chain(tuple(indices), table, total, token, tuple(mapped))
         self.offer(indices[0])
         return indices[0]
 
@@ -338,6 +320,7 @@ class SplitRing:
         self._next_used = (self._next_used + 1) & _WRAP
         del self._chains[head]
         self._free.extend(reversed(chain.descriptors))
+        self._unmap(chain.mapped)
         if chain.table is not None:
             self.memory.free(chain.table)
         return Used(head, length, chain.token)

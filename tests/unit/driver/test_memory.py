@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
@@ -186,3 +187,15 @@ def test_many_regions_of_odd_sizes_read_as_one() -> None:
         data = bytes(range(256)) * (sum(sizes) // 256) + bytes(sum(sizes) % 256)
         memory.write(0x8000, data)
         assert memory.read(0x8000, len(data)) == data
+
+
+def test_anonymous_memory_has_no_file() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with GuestMemory([Span(0, PAGE), Span(PAGE, PAGE, mmap_offset=5)], anonymous=True) as memory:
+        assert set(os.listdir("/proc/self/fd")) == before
+        memory.write(PAGE - 2, b"abcd")
+        assert memory.read(PAGE - 2, 4) == b"abcd"
+        assert [region.fd for region in memory.regions] == [-1, -1]
+        assert ctypes.string_at(memory.user_address(PAGE), 2) == b"cd"
+        with pytest.raises(ValueError, match="can't share a file"):
+            memory.add_region(Span(8 * PAGE, PAGE, file=0))

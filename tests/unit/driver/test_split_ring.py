@@ -363,3 +363,92 @@ def test_reset_forgets_everything_and_gives_tables_back(memory: GuestMemory) -> 
     assert (ring.avail_idx, ring.outstanding, ring.free_descriptors) == (0, 0, 4)
     ring.close()
     assert memory.allocate(1 << 20) == 0
+
+
+class Mapper:
+    """Maps by an offset, and keeps what is mapped."""
+
+    def __init__(self) -> None:
+        self.mapped: dict[int, tuple[int, int, int]] = {}
+
+    def map(self, address: int, length: int, perm: int) -> int:
+        iova = (1 << 40) + len(self.mapped) * (1 << 20) + address
+        assert iova not in self.mapped
+        self.mapped[iova] = (address, length, perm)
+        return iova
+
+    def unmap(self, iova: int) -> None:
+        del self.mapped[iova]
+
+
+def test_the_device_is_told_mapped_addresses_only(memory: GuestMemory) -> None:
+    dma = Mapper()
+    ring = SplitRing(memory, 4, RingLayout(0x1000, 0x2000, 0x3000), dma=dma)
+    parts = [(0x1000, 64, 1), (0x2000, 14, 1), (0x3000, 38, 3)]
+    assert [dma.mapped[at] for at in ring.addresses] == parts
+    ring.add([(0x5000, 5)], [(0x6000, 6)])
+    first, second = ring.desc[0], ring.desc[1]
+    assert [dma.mapped[at.addr] for at in (first, second)] == [(0x5000, 5, 1), (0x6000, 6, 2)]
+    ring.set_used_element(0, 0, 6)
+    ring.used_idx = 1
+    assert ring.pop_used() is not None
+    assert list(dma.mapped.values()) == parts
+    ring.close()
+    assert dma.mapped == {}
+
+
+def test_an_indirect_table_is_mapped_too(memory: GuestMemory) -> None:
+    dma = Mapper()
+    ring = SplitRing(memory, 4, dma=dma)
+    ring.add([(0x5000, 5)], [(0x6000, 6)], indirect=True)
+    table, length, perm = dma.mapped[ring.desc[0].addr]
+    assert (length, perm) == (32, 1)
+    inside = [int.from_bytes(memory.read(table + at, 8), "little") for at in (0, 16)]
+    assert [dma.mapped[at] for at in inside] == [(0x5000, 5, 1), (0x6000, 6, 2)]
+    ring.reset()
+    assert len(dma.mapped) == 3, "the ring's parts alone"
+
+
+def test_without_mapping_the_device_is_told_user_addresses(memory: GuestMemory) -> None:
+    ring = SplitRing(memory, 4)
+    assert ring.addresses == tuple(memory.user_address(part) for part in ring.layout)
+
+
+def test_a_ring_moves_with_what_is_in_it(memory: GuestMemory) -> None:
+    dma = Mapper()
+    ring = SplitRing(memory, 4, dma=dma)
+    old = ring.layout
+    ring.add([(0x5000, 5)], token="first")
+    ring.publish()
+    there = RingLayout.allocate(memory, 4)
+    told: list[RingLayout] = []
+
+    def tell() -> None:
+        told.append(ring.addresses)
+        assert len(dma.mapped) == 7, "the device is told before the old place is unmapped"
+
+    assert ring.move(there, tell) == old
+    assert len(dma.mapped) == 4
+    assert [dma.mapped[at][0] for at in told[0]] == list(there)
+    device = StubDevice(SplitRing(memory, 4, RingLayout.allocate(memory, 4)))
+    device.desc, device.avail, device.used = there
+    device.last_avail = device.used_idx = 0
+    (chain,) = device.take()
+    device.use(chain.head)
+    used = ring.pop_used()
+    assert used is not None
+    assert used.token == "first"
+    ring.add([(0x5000, 5)])
+    ring.publish()
+    assert memory.read(old.avail + 2, 2) == b"\1\0", "nobody writes where it was"
+
+
+def test_a_ring_seen_at_another_address_is_not_copied() -> None:
+    spans = [Span(0, 1 << 16, file=0), Span(1 << 40, 1 << 16, file=0)]
+    with GuestMemory(spans) as memory:
+        ring = SplitRing(memory, 4, RingLayout(0x1000, 0x2000, 0x3000))
+        ring.add([(0x5000, 5)])
+        ring.move(RingLayout(*(part + (1 << 40) for part in ring.layout)), lambda: None, copy=False)
+        ring.publish()
+        assert memory.read(0x2002, 2) == b"\1\0"
+        assert ring.addresses.desc == memory.user_address((1 << 40) + 0x1000)
