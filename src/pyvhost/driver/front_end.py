@@ -1,14 +1,16 @@
 """What a device driver needs of a front end, whichever way that reaches its back end.
 
-vhost-user (`driver.vhost_user`) is one; a device in the same process or a kernel's character device are
-others.
+vhost-user (`driver.vhost_user`) is one; ioctls (`driver.vhost_ioctl`), on a device in the same process or a
+kernel's character device, another. `FrontEnd` is enough to move frames; `LogFrontEnd` is what a migration
+needs, `iommu.IotlbFrontEnd` what an IOMMU does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from pyvhost.driver.dirty_log import DirtyLog
 from pyvhost.driver.memory import Region
 from pyvhost.driver.queue import Queue
 
@@ -46,4 +48,25 @@ class FrontEnd(Protocol):
 
     def fileno(self) -> int:
         """A descriptor that hangs up when the device is gone, or -1."""
+        ...
+
+
+@runtime_checkable
+class LogFrontEnd(FrontEnd, Protocol):
+    """A front end that can have its device log what it writes, and move its rings."""
+
+    def change_features(self, features: int) -> None:
+        """Acknowledge other features than before, while rings run or not."""
+        ...
+
+    def set_ring_addr(self, index: int, queue: Queue, *, log: bool = False) -> None:
+        """Say where ring `index` lies now, and whether writes to its used ring are logged."""
+        ...
+
+    def set_log(self, log: DirtyLog) -> None:
+        """Say where to log. The log stays the caller's, and stays until the device logs no more."""
+        ...
+
+    def set_log_fd(self, fd: int) -> None:
+        """An eventfd to signal when something was logged; -1 for none."""
         ...
