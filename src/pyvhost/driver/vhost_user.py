@@ -6,198 +6,47 @@ for back ends that must stand them.
 
 Promises: every wait ends after the timeout. What the other side does wrong is DeviceError (RefusedError when
 it says that a request failed, BackendGoneError when it hangs up), and names the request. Never: starts a
-thread; reads the backend's own requests unless asked (`backend_request`).
+thread; reads the backend's own requests unless asked (`backend_request`, `take_miss`).
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-import struct
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
+from pyvhost.abi import vhost, virtio
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
-from pyvhost.driver.errors import BackendGoneError, DeviceError, DriverError, RefusedError
+from pyvhost.driver.dirty_log import DirtyLog
+from pyvhost.driver.errors import DeviceError, DriverError, RefusedError
+from pyvhost.driver.inflight import Inflight
 from pyvhost.driver.memory import Region
 from pyvhost.driver.queue import Queue
-from pyvhost.host import fds as host_fds
-from pyvhost.vhost_user import frontend as protocol
-from pyvhost.vhost_user.codec import Decoder, Message, Stream, request_name
+from pyvhost.driver.vhost_user_socket import PROTOCOL_FEATURES as PROTOCOL_FEATURES
+from pyvhost.driver.vhost_user_socket import VhostUserSocket
 from pyvhost.vhost_user.payloads import (
     U64,
-    CodecError,
     Config,
+    Iotlb,
     Log,
     MemReg,
     MemTable,
-    Payload,
     VringAddr,
     VringFile,
     VringState,
 )
+from pyvhost.vhost_user.payloads import Inflight as InflightRow
 from pyvhost.vhost_user.payloads import Region as TableRegion
-
-PROTOCOL_FEATURES = (
-    1 << abi.PROTOCOL_F_MQ
-    | 1 << abi.PROTOCOL_F_RARP
-    | 1 << abi.PROTOCOL_F_REPLY_ACK
-    | 1 << abi.PROTOCOL_F_MTU
-    | 1 << abi.PROTOCOL_F_BACKEND_REQ
-    | 1 << abi.PROTOCOL_F_CONFIG
-    | 1 << abi.PROTOCOL_F_BACKEND_SEND_FD
-    | 1 << abi.PROTOCOL_F_RESET_DEVICE
-    | 1 << abi.PROTOCOL_F_CONFIGURE_MEM_SLOTS
-    | 1 << abi.PROTOCOL_F_STATUS
-)
-"""What a front end asks for when it is not told."""
 
 _BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
 
 
-class VhostUserFrontend:
-    """One connection to a back end; `timeout`, in seconds, bounds each wait for it.
-
-    `protocol_features` is what `negotiate` asks for of these; 0 does without them.
+class VhostUserFrontend(VhostUserSocket):
+    """A vhost-user front end. With `inflight` set to a table (`get_inflight`, of this or of an earlier
+    connection) the back end gets it before its first ring starts; the table stays the caller's.
     """
 
-    def __init__(
-        self, connection: socket.socket, *, timeout: float = 10.0, protocol_features: int = PROTOCOL_FEATURES
-    ) -> None:
-        self.socket = connection
-        self.protocol_features = protocol_features
-        self.timeout = timeout
-        self.socket.settimeout(timeout)
-        self.session = protocol.FrontendSession()
-        self.features = 0
-        self._decoder = Decoder(Stream.REPLY)
-        self._channel: socket.socket | None = None
-        self._channel_decoder = Decoder(Stream.BACKEND_REQUEST)
-
-    @classmethod
-    def connect(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        timeout: float = 10.0,
-        protocol_features: int = PROTOCOL_FEATURES,
-    ) -> Self:
-        """Dial a back end that listens at `path`. OSError as connect(2), with the path."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # Not settimeout: a non-blocking connect to a listener whose queue is full fails at once (unix(7)).
-            seconds, rest = divmod(timeout, 1)
-            limit = struct.pack("@ll", int(seconds), int(rest * 1_000_000))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            connection.connect(os.fspath(path))
-        except OSError as error:
-            connection.close()
-            why = f"no back end to connect to: {error.strerror}"
-            if error.errno == errno.EAGAIN:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"nobody accepts within {timeout} s", os.fspath(path)
-                ) from None
-            raise OSError(error.errno, why, os.fspath(path)) from None
-        return cls(connection, timeout=timeout, protocol_features=protocol_features)
-
-    @classmethod
-    def accept(cls, listener: socket.socket, *, timeout: float = 10.0) -> Self:
-        """Take a back end that dials; `listener` stays the caller's. TimeoutError when none comes."""
-        listener.settimeout(timeout)
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            raise TimeoutError(f"no back end connected within {timeout} s") from None
-        return cls(connection, timeout=timeout)
-
-    # --- messages --------------------------------------------------------------------------------------
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self.socket.fileno()
-
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Put these bytes on the wire as they are, the descriptors with the first of them."""
-        try:
-            sent = host_fds.send(self.socket, data, fds)
-            if sent < len(data):
-                self.socket.sendall(data[sent:])
-        except (BrokenPipeError, ConnectionResetError):
-            raise BackendGoneError("the back end closed the connection; nothing could be sent") from None
-
-    def request(
-        self,
-        request: int,
-        payload: Payload | None = None,
-        fds: Sequence[int] = (),
-        *,
-        need_reply: bool | None = None,
-    ) -> Payload | None:
-        """Send one request, and return what it is answered with, if it is answered."""
-        due = self.session.waiting
-        self.send(self.session.request(request, payload, need_reply=need_reply), fds)
-        if self.session.waiting == due:
-            return None
-        message = self.receive()
-        with message.fds:
-            return self._answer(message, request)
-
-    def receive(self) -> Message:
-        """The next message of the back end's, whatever it is; its descriptors are the caller's to close."""
-        return self._read(self.socket, self._decoder, "a reply")
-
-    def wait_closed(self, timeout: float | None = None) -> None:
-        """Wait until the back end hangs up; TimeoutError if it does not. Replies that come first are
-        dropped.
-        """
-        self.socket.settimeout(self.timeout if timeout is None else timeout)
-        try:
-            while True:
-                data, fds = host_fds.recv(self.socket, 4096, abi.MAX_FDS)
-                host_fds.close_all(fds)
-                if not data:
-                    return
-        except ConnectionResetError:
-            return
-        except TimeoutError:
-            raise TimeoutError("the back end did not close the connection") from None
-        finally:
-            self.socket.settimeout(self.timeout)
-
-    def _answer(self, message: Message, request: int) -> Payload | None:
-        try:
-            return self.session.receive(message)
-        except protocol.RefusedError as error:
-            raise RefusedError(str(error)) from None
-        except protocol.FrontendError as error:
-            raise DeviceError(f"after {request_name(Stream.REQUEST, request)}: {error}") from None
-
-    @staticmethod
-    def _read(connection: socket.socket, decoder: Decoder, what: str) -> Message:
-        try:
-            while True:
-                data, fds = host_fds.recv(connection, decoder.wanted, abi.MAX_FDS)
-                if not data:
-                    decoder.end()
-                    raise BackendGoneError(f"the back end closed the connection instead of sending {what}")
-                message = decoder.feed(data, fds)
-                if message is not None:
-                    return message
-        except ConnectionResetError:
-            raise BackendGoneError(f"the back end reset the connection instead of sending {what}") from None
-        except TimeoutError:
-            waited = connection.gettimeout()
-            raise TimeoutError(f"waited {waited} s for {what}, and the back end sent none") from None
-        except CodecError as error:
-            raise DeviceError(f"the back end sent what is no message: {error}") from None
-
-    def _number(self, request: Request) -> int:
-        answer = self.request(request)
-        assert isinstance(answer, U64)
-        return answer.value
+    inflight: Inflight | None = None
+    _inflight_given = False
 
     # --- the device as a whole ---------------------------------------------------------------------------
 
@@ -261,7 +110,20 @@ class VhostUserFrontend:
         self.request(Request.SET_LOG_BASE, Log(size, offset), [fd])
 
     def set_log_fd(self, fd: int) -> None:
-        self.request(Request.SET_LOG_FD, None, [fd])
+        """An eventfd to signal when something was logged; -1 for none."""
+        self.request(Request.SET_LOG_FD, None, [fd] if fd >= 0 else [])
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> Inflight:
+        """Have the back end make a table for so many rings of so many entries; the caller closes it."""
+        answer, fd = self.request_fd(Request.GET_INFLIGHT_FD, InflightRow(0, 0, num_queues, queue_size))
+        assert isinstance(answer, InflightRow)
+        if fd < 0 or not answer.mmap_size:
+            raise RefusedError(f"GET_INFLIGHT_FD of {num_queues} x {queue_size}: no table came, but {answer}")
+        return Inflight(fd, answer.mmap_size, answer.mmap_offset, answer.num_queues, answer.queue_size)
+
+    def set_inflight(self, table: Inflight) -> None:
+        row = InflightRow(table.mmap_size, table.mmap_offset, table.num_queues, table.queue_size)
+        self.request(Request.SET_INFLIGHT_FD, row, [table.fd])
 
     # --- memory --------------------------------------------------------------------------------------------
 
@@ -316,6 +178,16 @@ class VhostUserFrontend:
         addresses = VringAddr(index, flags, desc_user_addr, used_user_addr, avail_user_addr, log_guest_addr)
         self.request(Request.SET_VRING_ADDR, addresses)
 
+    def set_vring_endian(self, index: int, num: int) -> None:
+        """VRING_LITTLE_ENDIAN or VRING_BIG_ENDIAN, of a legacy guest (protocol feature CROSS_ENDIAN)."""
+        self.request(Request.SET_VRING_ENDIAN, VringState(index, num))
+
+    def get_vring_base_skip_drain(self, index: int) -> int:
+        """Stops the ring without waiting for the chains in flight (GET_VRING_BASE_SKIP_DRAIN)."""
+        answer = self.request(Request.GET_VRING_BASE_SKIP_DRAIN, VringState(index, 0))
+        assert isinstance(answer, VringState)
+        return answer.num
+
     def set_vring_kick(self, index: int, fd: int = -1) -> None:
         """Starts the ring. -1 sends no descriptor: the back end polls."""
         self._vring_file(Request.SET_VRING_KICK, index, fd)
@@ -333,10 +205,6 @@ class VhostUserFrontend:
         self.request(request, VringFile(index, no_fd=fd < 0), [] if fd < 0 else [fd])
 
     # --- several at once ---------------------------------------------------------------------------------
-
-    def has(self, bit: int) -> bool:
-        """Whether a protocol feature, by its bit number, was negotiated."""
-        return self.session.has(bit)
 
     def negotiate(self, features: int) -> int:
         """Own the device, and acknowledge those of `features` that it offers; returns them.
@@ -363,10 +231,16 @@ class VhostUserFrontend:
         negotiated.
         """
         ring = queue.ring
-        user = ring.memory.user_address
+        if self.inflight is not None and not self._inflight_given:
+            self.set_inflight(self.inflight)
+            self._inflight_given = True
         self.set_vring_num(index, ring.size)
         self.set_vring_base(index, ring.used_idx if base is None else base)
-        self.set_vring_addr(index, user(ring.layout.desc), user(ring.layout.used), user(ring.layout.avail))
+        if self.has(abi.PROTOCOL_F_CROSS_ENDIAN) and not self.features >> virtio.F_VERSION_1 & 1:
+            self.set_vring_endian(index, int(ring.byteorder == "big"))
+        elif ring.byteorder == "big":
+            raise DriverError(f"ring {index} is big-endian, and CROSS_ENDIAN was not negotiated")
+        self.set_ring_addr(index, queue)
         self.set_vring_call(index, queue.call_fd)
         self.set_vring_err(index, queue.err_fd)
         self.set_vring_kick(index, queue.kick_fd)
@@ -379,57 +253,38 @@ class VhostUserFrontend:
             self.set_vring_enable(index, False)
         return self.get_vring_base(index)
 
+    def change_features(self, features: int) -> None:
+        """Acknowledge other features than before; bit 30 stays as it was."""
+        self.set_features(features & ~_BIT_30 | self.features & _BIT_30)
+
+    def set_ring_addr(self, index: int, queue: Queue, *, log: bool = False) -> None:
+        """Where the ring lies now; with `log` its used ring's own guest address is where writes are logged."""
+        at = queue.ring.addresses
+        flags = int(log) << vhost.VRING_F_LOG
+        log_at = queue.ring.layout.used if log else 0
+        self.set_vring_addr(index, at.desc, at.used, at.avail, flags=flags, log_guest_addr=log_at)
+
+    def set_log(self, log: DirtyLog) -> None:
+        """Give the back end the log's file."""
+        if not self.has(abi.PROTOCOL_F_LOG_SHMFD):
+            raise DriverError("a dirty log needs the protocol feature LOG_SHMFD")
+        self.set_log_base(log.size, log.offset, log.fd)
+
+    def iotlb_update(self, iova: int, size: int, uaddr: int, perm: int) -> None:
+        self.iotlb_message(Iotlb(iova, size, uaddr, perm, vhost.IOTLB_UPDATE))
+
+    def iotlb_invalidate(self, iova: int, size: int) -> None:
+        self.iotlb_message(Iotlb(iova, size, 0, 0, vhost.IOTLB_INVALIDATE))
+
+    def iotlb_message(self, message: Iotlb) -> None:
+        """Send any message; it is always answered. RefusedError when the answer is not 0."""
+        self.request(Request.IOTLB_MSG, message)
+
     def sync(self) -> None:
         """Wait until everything sent before was dealt with; GET_FEATURES does for this, and is always
         answered.
         """
         self.get_features()
-
-    # --- what the back end asks --------------------------------------------------------------------------
-
-    def set_backend_req_fd(self) -> None:
-        """Give the back end a channel of its own."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            ours.settimeout(self.timeout)
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = ours
-            self._channel_decoder = Decoder(Stream.BACKEND_REQUEST)
-            self.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
-
-    def backend_request(self, timeout: float | None = None, *, result: int = 0) -> Message:
-        """Wait for the next request of the back end's; answer it with `result` if it wants an answer.
-
-        Its descriptors are the caller's to close. TimeoutError after `timeout` seconds.
-        """
-        if self._channel is None:
-            raise DriverError("the back end has no channel: BACKEND_REQ was not negotiated")
-        self._channel.settimeout(self.timeout if timeout is None else timeout)
-        message = self._read(self._channel, self._channel_decoder, "a request")
-        answer = self.session.acknowledge(message, result)
-        if answer:
-            self._channel.sendall(answer)
-        return message
-
-    # --- the end -----------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Hang up; nothing happens the second time."""
-        self._decoder.close()
-        self._channel_decoder.close()
-        self.socket.close()
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _row(region: Region) -> TableRegion:

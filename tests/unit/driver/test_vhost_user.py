@@ -8,18 +8,23 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from pyvhost.driver.dirty_log import DirtyLog
 from pyvhost.driver.errors import BackendGoneError, DeviceError, DriverError, RefusedError
+from pyvhost.driver.iommu import Miss
 from pyvhost.driver.memory import PAGE, GuestMemory, Span
 from pyvhost.driver.queue import Queue
 from pyvhost.driver.split_ring import SplitRing
 from pyvhost.driver.vhost_user import VhostUserFrontend
+from pyvhost.host import memfd
 
 REPLY = 5
 BIT_30 = 1 << 30
 MQ, REPLY_ACK, BACKEND_REQ, CONFIG, SLOTS, STATUS = (1 << bit for bit in (0, 3, 5, 9, 15, 16))
+LOG_SHMFD, CROSS_ENDIAN, INFLIGHT_SHMFD = (1 << bit for bit in (1, 6, 12))
 
 
 class ScriptedBackend:
@@ -30,6 +35,7 @@ class ScriptedBackend:
         self.answers: dict[int, bytes | Callable[[bytes], bytes]] = {}
         self.came: list[tuple[int, int, bytes, int]] = []
         self.fds: list[int] = []
+        self.answer_fds: dict[int, list[int]] = {}
         self.acknowledge = 0
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
@@ -54,7 +60,9 @@ class ScriptedBackend:
             if answer == b"hang up":
                 break
             if answer is not None:
-                self.socket.sendall(struct.pack("=III", request, REPLY, len(answer)) + answer)
+                data = struct.pack("=III", request, REPLY, len(answer)) + answer
+                fds = self.answer_fds.get(request, [])
+                assert socket.send_fds(self.socket, [data], fds) == len(data)
         self.socket.close()
 
     def numbers(self) -> list[int]:
@@ -63,7 +71,7 @@ class ScriptedBackend:
     def close(self) -> None:
         self.thread.join()
         self.socket.close()
-        for fd in self.fds:
+        for fd in self.fds + [fd for fds in self.answer_fds.values() for fd in fds]:
             os.close(fd)
 
 
@@ -283,3 +291,137 @@ def test_a_listener_that_accepts_nobody(tmp_path: Path) -> None:
         # The queue has room for one.
         with VhostUserFrontend.connect(path), pytest.raises(TimeoutError, match="nobody accepts within"):
             VhostUserFrontend.connect(path, timeout=0.01)
+
+
+def test_the_log_goes_by_file_and_the_ring_by_guest_address(
+    pair: tuple[VhostUserFrontend, ScriptedBackend],
+) -> None:
+    frontend, backend = pair
+    backend.answers = {1: u64(BIT_30 | 1 << 26), 15: u64(REPLY_ACK | LOG_SHMFD), 6: b""}
+    frontend.negotiate(0)
+    backend.came.clear()
+    with (
+        GuestMemory([Span(0, 1 << 16, userspace_addr=0x7000_0000)]) as memory,
+        DirtyLog.covering(memory) as log,
+        Queue(SplitRing(memory, 4)) as queue,
+    ):
+        frontend.set_log(log)
+        frontend.change_features(1 << 26)
+        frontend.set_ring_addr(1, queue, log=True)
+        frontend.set_log_fd(queue.err_fd)
+        frontend.set_log_fd(-1)
+        layout = queue.ring.layout
+    user = [0x7000_0000 + part for part in (layout.desc, layout.used, layout.avail)]
+    assert [(request, payload, fds) for request, _, payload, fds in backend.came] == [
+        (6, struct.pack("=QQ", log.size, 0), 1),
+        (2, u64(1 << 26 | BIT_30), 0),
+        (9, struct.pack("=II4Q", 1, 1, *user, layout.used), 0),
+        (7, b"", 1),
+        (7, b"", 0),
+    ]
+
+
+def test_without_log_shmfd_there_is_no_log(pair: tuple[VhostUserFrontend, ScriptedBackend]) -> None:
+    frontend, _ = pair
+    with DirtyLog(1) as log, pytest.raises(DriverError, match="LOG_SHMFD"):
+        frontend.set_log(log)
+
+
+@pytest.mark.parametrize("byteorder", ["little", "big"])
+def test_a_legacy_guests_byte_order_is_told(
+    pair: tuple[VhostUserFrontend, ScriptedBackend], byteorder: Literal["little", "big"]
+) -> None:
+    frontend, backend = pair
+    backend.answers = {1: u64(BIT_30), 15: u64(REPLY_ACK | CROSS_ENDIAN)}
+    frontend.negotiate(0)
+    with GuestMemory(1 << 16) as memory, Queue(SplitRing(memory, 4, byteorder=byteorder)) as queue:
+        frontend.start_ring(1, queue)
+    told = [payload for request, _, payload, _ in backend.came if request == 23]
+    assert told == [struct.pack("=II", 1, byteorder == "big")]
+
+
+def test_a_big_endian_guest_needs_cross_endian(pair: tuple[VhostUserFrontend, ScriptedBackend]) -> None:
+    frontend, backend = pair
+    backend.answers = {1: u64(0)}
+    frontend.negotiate(0)
+    with (
+        GuestMemory(1 << 16) as memory,
+        Queue(SplitRing(memory, 4, byteorder="big")) as queue,
+        pytest.raises(DriverError, match="CROSS_ENDIAN"),
+    ):
+        frontend.start_ring(1, queue)
+
+
+INFLIGHT = struct.pack("=QQHH4x", 8192, 0, 2, 64)
+
+
+def test_the_inflight_table_comes_once_and_goes_before_the_first_ring(
+    pair: tuple[VhostUserFrontend, ScriptedBackend],
+) -> None:
+    frontend, backend = pair
+    backend.answers = {1: u64(BIT_30), 15: u64(REPLY_ACK | INFLIGHT_SHMFD), 31: INFLIGHT}
+    backend.answer_fds[31] = [memfd.create("inflight", 8192)]
+    frontend.negotiate(0)
+    with frontend.get_inflight(2, 64) as table:
+        assert os.fstat(table.fd).st_size == 8192
+        assert backend.came[-1][2] == struct.pack("=QQHH4x", 0, 0, 2, 64)
+        frontend.inflight = table
+        backend.came.clear()
+        with GuestMemory(1 << 16) as memory:
+            for index in range(2):
+                with Queue(SplitRing(memory, 4)) as queue:
+                    frontend.start_ring(index, queue)
+        assert backend.numbers()[:2] == [32, 8]
+        assert backend.numbers().count(32) == 1
+        assert backend.came[0][2:] == (INFLIGHT, 1)
+
+
+@pytest.mark.parametrize("answer", [INFLIGHT, bytes(24)], ids=["no descriptor", "no table"])
+def test_no_inflight_table_is_a_refusal(
+    pair: tuple[VhostUserFrontend, ScriptedBackend], answer: bytes
+) -> None:
+    frontend, backend = pair
+    backend.answers = {31: answer}
+    with pytest.raises(RefusedError, match="no table came"):
+        frontend.get_inflight(2, 64)
+
+
+def test_misses_come_by_the_channel_and_leave_the_rest_there(
+    pair: tuple[VhostUserFrontend, ScriptedBackend],
+) -> None:
+    frontend, backend = pair
+    backend.answers = {1: u64(BIT_30), 15: u64(REPLY_ACK | BACKEND_REQ), 22: u64(0)}
+    frontend.negotiate(0)
+    with socket.socket(fileno=backend.fds.pop()) as channel:
+        assert frontend.take_miss() is None
+        assert frontend.iotlb_fileno() >= 0
+        channel.sendall(struct.pack("=III", 2, 1, 0))
+        channel.sendall(struct.pack("=III", 1, 9, 32) + struct.pack("=QQQBB6x", 0x1000, 0, 0, 2, 1))
+        channel.sendall(struct.pack("=III", 1, 1, 32) + struct.pack("=QQQBB6x", 0x2000, 0, 0, 1, 4))
+        assert frontend.take_miss() == Miss(0x1000, 2)
+        assert channel.recv(100) == struct.pack("=IIIQ", 1, REPLY, 8, 0)
+        assert frontend.take_miss() is None
+        assert [frontend.backend_request().request for _ in range(2)] == [2, 1]
+        channel.sendall(struct.pack("=III", 1, 1, 32) + struct.pack("=QQQBB6x", 0x2000, 0, 0, 1, 2))
+        with pytest.raises(DeviceError, match="type 2"):
+            frontend.take_miss()
+    frontend.iotlb_update(0x1000, 0x2000, 0x7000, 3)
+    frontend.iotlb_invalidate(0x1000, 0x2000)
+    assert [(request, payload) for request, _, payload, _ in backend.came[-2:]] == [
+        (22, struct.pack("=QQQBB6x", 0x1000, 0x2000, 0x7000, 3, 2)),
+        (22, struct.pack("=QQQBB6x", 0x1000, 0x2000, 0, 0, 3)),
+    ]
+    backend.answers[22] = u64(1)
+    with pytest.raises(RefusedError, match="IOTLB_MSG"):
+        frontend.iotlb_update(0x1000, 0x2000, 0x7000, 3)
+
+
+def test_without_a_channel_nothing_is_missed(pair: tuple[VhostUserFrontend, ScriptedBackend]) -> None:
+    frontend, _ = pair
+    assert (frontend.iotlb_fileno(), frontend.take_miss()) == (-1, None)
+
+
+def test_a_ring_is_stopped_without_draining_it(pair: tuple[VhostUserFrontend, ScriptedBackend]) -> None:
+    frontend, backend = pair
+    backend.answers = {45: struct.pack("=II", 1, 9)}
+    assert frontend.get_vring_base_skip_drain(1) == 9
