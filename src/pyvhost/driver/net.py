@@ -21,15 +21,18 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from pyvhost.abi import virtio
+from pyvhost.abi import vhost, virtio
 from pyvhost.abi import virtio_net as abi
+from pyvhost.driver.dirty_log import DirtyLog
 from pyvhost.driver.errors import DeviceError, DriverError
-from pyvhost.driver.front_end import FrontEnd
+from pyvhost.driver.front_end import FrontEnd, LogFrontEnd
+from pyvhost.driver.iommu import Iommu, IotlbFrontEnd, Miss
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net_control import NetControl
 from pyvhost.driver.net_frame import NetHdr, Received, Shape
 from pyvhost.driver.queue import Queue, wait
-from pyvhost.driver.split_ring import Buffer, ByteOrder, SplitRing
+from pyvhost.driver.ring_parts import Buffer, ByteOrder, RingLayout
+from pyvhost.driver.split_ring import SplitRing
 
 FEATURES = (
     1 << virtio.F_VERSION_1
@@ -63,8 +66,9 @@ class NetDriver:
     added where `queue_pairs` is more than 1. `ring_size` is every ring's; `rx_buffer` the room for header
     and frame in one receive chain (None: 4096 mergeable, else the largest frame that may come), `rx_depth`
     how many are posted (None: as many as the ring takes). `tx_shape` and `rx_shape` say how chains are cut;
-    `allocate` (bytes to guest address) where each descriptor's bytes lie, anywhere in `memory` unless told.
-    `byteorder` is that of a legacy guest.
+    `allocate` (bytes to guest address) where each descriptor's bytes lie, anywhere in `memory` unless told,
+    `rx_allocate` the same for what is received; `layout` where the parts of a ring lie, by its index.
+    `byteorder` is that of a legacy guest. With `iommu` all addresses are mapped ones (F_ACCESS_PLATFORM).
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class NetDriver:
         tx_shape: Shape = Shape(),  # noqa: B008 - frozen
         rx_shape: Shape = Shape(),  # noqa: B008 - frozen
         allocate: Callable[[int], int] | None = None,
+        rx_allocate: Callable[[int], int] | None = None,
+        layout: Callable[[int], RingLayout] | None = None,
+        iommu: Iommu | None = None,
         byteorder: ByteOrder = "little",
         timeout: float = 10.0,
     ) -> None:
@@ -88,6 +95,8 @@ class NetDriver:
         self.queue_pairs = queue_pairs
         self.ring_size = ring_size
         self.wanted = features | (1 << abi.F_MQ if queue_pairs > 1 else 0)
+        if iommu is not None:
+            self.wanted |= 1 << virtio.F_ACCESS_PLATFORM
         self.features = 0
         self.tx_shape = tx_shape
         self.rx_shape = rx_shape
@@ -101,6 +110,10 @@ class NetDriver:
         self._rx_buffer = rx_buffer
         self._rx_depth = rx_depth
         self._allocate = allocate or memory.allocate
+        self._rx_allocate = rx_allocate or self._allocate
+        self._layout = layout
+        self.iommu = iommu
+        self._services = [] if iommu is None else [iommu]
         self._received: deque[Received] = deque()
         self._indices: dict[int, Queue] = {}
 
@@ -115,6 +128,10 @@ class NetDriver:
         if self._indices:
             raise DriverError("the driver has started; resume() is what brings it up again")
         self.features = self.frontend.negotiate(self.wanted)
+        if self.iommu is not None and not self.has(virtio.F_ACCESS_PLATFORM):
+            raise DriverError(
+                "the device takes no address but a physical one: ACCESS_PLATFORM is not offered"
+            )
         if self.byteorder != "little" and self.has(virtio.F_VERSION_1):
             raise DriverError("only a legacy guest has a byte order of its own; VERSION_1 was negotiated")
         self.header_size = 12 if self.has(virtio.F_VERSION_1) or self.has(abi.F_MRG_RXBUF) else 10
@@ -131,6 +148,7 @@ class NetDriver:
                 timeout=self.timeout,
                 peer=self.frontend.fileno(),
                 byteorder=self.byteorder,
+                services=self._services,
             )
         if post:
             for pair in range(self.queue_pairs):
@@ -154,6 +172,8 @@ class NetDriver:
                 )
         self.frontend.set_mem_table(self.memory.regions)
         self.frontend.set_status(_STARTED)
+        if self.iommu is not None:
+            self._stand_before(self.iommu)
         for index, queue in self._indices.items():
             self.frontend.start_ring(index, queue, None if bases is None else bases[index])
         self.frontend.set_status(_STARTED | virtio.CONFIG_S_DRIVER_OK)
@@ -163,6 +183,15 @@ class NetDriver:
             if queue.ring.outstanding:
                 queue.ring.needs_kick()
                 queue.kick()
+
+    def _stand_before(self, iommu: Iommu) -> None:
+        """Put the IOMMU between the front end's device and memory."""
+        if not isinstance(self.frontend, IotlbFrontEnd):
+            raise DriverError(f"{type(self.frontend).__name__} has no IOTLB")
+        iommu.frontend = self.frontend
+        if iommu.prefill:
+            for queue in self._indices.values():
+                iommu.answer(Miss(queue.ring.addresses.used, vhost.ACCESS_RO))
 
     def stop(self) -> dict[int, int]:
         """Stop every ring; returns their bases by index. What was used before can still be taken."""
@@ -175,13 +204,55 @@ class NetDriver:
             queue.close()
         self._indices = {}
         self.running = False
+        if self.iommu is not None:
+            self.iommu.frontend = None
 
     def _queue(self, index: int, name: str) -> Queue:
         event_idx = self.has(virtio.RING_F_EVENT_IDX)
-        ring = SplitRing(self.memory, self.ring_size, event_idx=event_idx, byteorder=self.byteorder)
+        ring = SplitRing(
+            self.memory,
+            self.ring_size,
+            None if self._layout is None else self._layout(index),
+            event_idx=event_idx,
+            byteorder=self.byteorder,
+            dma=self.iommu,
+        )
         queue = Queue(ring, name)
         self._indices[index] = queue
         return queue
+
+    # --- while it runs -------------------------------------------------------------------------------------
+
+    @property
+    def queues(self) -> dict[int, Queue]:
+        """Every ring, by its index."""
+        return dict(self._indices)
+
+    def start_log(self, log: DirtyLog, *, buffers: bool = True, rings: bool = True) -> None:
+        """Have the device log what it writes from now on: into buffers (F_LOG_ALL), into used rings."""
+        frontend = self._logging()
+        frontend.set_log(log)
+        if buffers:
+            frontend.change_features(self.features | 1 << vhost.F_LOG_ALL)
+        for index, queue in self._indices.items():
+            frontend.set_ring_addr(index, queue, log=rings)
+
+    def stop_log(self) -> None:
+        """Have the device log nothing more; when this returns it does not."""
+        frontend = self._logging()
+        frontend.change_features(self.features & ~(1 << vhost.F_LOG_ALL))
+        for index, queue in self._indices.items():
+            frontend.set_ring_addr(index, queue)
+
+    def move_ring(self, index: int, layout: RingLayout, *, copy: bool = True) -> RingLayout:
+        """Move a ring that runs, as `SplitRing.move` does; returns where it was. It is not logged then."""
+        queue, frontend = self._indices[index], self._logging()
+        return queue.ring.move(layout, lambda: frontend.set_ring_addr(index, queue), copy=copy)
+
+    def _logging(self) -> LogFrontEnd:
+        if not isinstance(self.frontend, LogFrontEnd):
+            raise DriverError(f"{type(self.frontend).__name__} can't have its device log, or move its rings")
+        return self.frontend
 
     # --- configuration space -------------------------------------------------------------------------------
 
@@ -304,7 +375,7 @@ class NetDriver:
             if self._rx_depth is not None:
                 count = min(count, self._rx_depth - queue.ring.outstanding)
         for _ in range(count):
-            room = _Room(tuple((self._allocate(piece), piece) for piece in sizes), size)
+            room = _Room(tuple((self._rx_allocate(piece), piece) for piece in sizes), size)
             self._offer(queue, room)
         queue.publish()
         return count
@@ -396,7 +467,7 @@ class NetDriver:
         self, ready: Callable[[], bool], queues: Sequence[Queue], what: str, timeout: float | None = None
     ) -> None:
         patience = self.timeout if timeout is None else timeout
-        wait(ready, queues, patience, what, peer=self.frontend.fileno())
+        wait(ready, queues, patience, what, peer=self.frontend.fileno(), services=self._services)
 
     def __enter__(self) -> Self:
         return self

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pyvhost.abi import virtio_net as abi
 from pyvhost.driver.errors import DeviceError, RefusedError
 from pyvhost.driver.memory import GuestMemory
-from pyvhost.driver.queue import Queue, wait
-from pyvhost.driver.split_ring import ByteOrder
+from pyvhost.driver.queue import Queue, Service, wait
+from pyvhost.driver.ring_parts import ByteOrder
 
 _UNTOUCHED = 0xA5
 
 
 class NetControl:
     """Commands on `queue`; `timeout` in seconds bounds each. `peer` is a descriptor that hangs up with
-    the device.
+    the device; `services` have their turns while a command is waited for.
     """
 
     def __init__(
@@ -31,12 +31,14 @@ class NetControl:
         timeout: float = 10.0,
         peer: int = -1,
         byteorder: ByteOrder = "little",
+        services: Sequence[Service] = (),
     ) -> None:
         self.queue = queue
         self.memory = memory
         self.timeout = timeout
         self.peer = peer
         self.byteorder: ByteOrder = byteorder
+        self.services = services
 
     def command(self, kind: int, command: int, data: bytes = b"", *, indirect: bool = False) -> int:
         """Give one command with its `data`; returns the acknowledgement, whatever it is.
@@ -54,7 +56,14 @@ class NetControl:
         ring.add(readable, [(ack, 1)], indirect=indirect)
         self.queue.publish()
         what = f"answer to command {kind}/{command}"
-        wait(lambda: ring.used_pending() > 0, [self.queue], self.timeout, what, peer=self.peer)
+        wait(
+            lambda: ring.used_pending() > 0,
+            [self.queue],
+            self.timeout,
+            what,
+            peer=self.peer,
+            services=self.services,
+        )
         used = ring.pop_used()
         assert used is not None
         answer = self.memory.read(ack, 1)[0]

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from pyvhost.abi import virtio_net as abi
-from pyvhost.driver.split_ring import ByteOrder
+from pyvhost.driver.ring_parts import ByteOrder
 
 _SHORT = {"little": struct.Struct("<BBHHHH"), "big": struct.Struct(">BBHHHH")}
 _LONG = {"little": struct.Struct("<BBHHHHH"), "big": struct.Struct(">BBHHHHH")}

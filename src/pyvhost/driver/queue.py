@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from pyvhost.driver.errors import BackendGoneError, DeviceError
 from pyvhost.driver.split_ring import SplitRing
@@ -90,6 +90,18 @@ class Queue:
         self.close()
 
 
+class Service(Protocol):
+    """Something else that has its turn while a driver waits: an IOMMU that is asked for an address."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there is something to do."""
+        ...
+
+    def service(self) -> object:
+        """Do it."""
+        ...
+
+
 def wait(
     ready: Callable[[], bool],
     queues: Sequence[Queue],
@@ -98,18 +110,22 @@ def wait(
     *,
     after: int = 0,
     peer: int = -1,
+    services: Iterable[Service] = (),
 ) -> None:
     """Return once `ready()`; asks each of `queues` for a call when more than `after` further chains are used.
 
-    `ready` must take, or be content with, anything more than `after` used chains. `peer` is a connection to
-    the back end. Raises TimeoutError after `timeout` seconds without `what`, DeviceError when a ring's err
-    is signalled, BackendGoneError when `peer` hangs up.
+    `services` have their turns meanwhile. `ready` must take, or be content with, anything more than `after`
+    used chains. `peer` is a connection to the back end. Raises TimeoutError after `timeout` seconds without
+    `what`, DeviceError when a ring's err is signalled, BackendGoneError when `peer` hangs up.
     """
     deadline = time.monotonic() + timeout
     poller = select.poll()
     by_call = {queue.call_fd: queue for queue in queues}
     by_err = {queue.err_fd: queue for queue in queues}
     for fd in (*by_call, *by_err):
+        poller.register(fd, select.POLLIN)
+    by_service = {service.fileno(): service for service in services if service.fileno() >= 0}
+    for fd in by_service:
         poller.register(fd, select.POLLIN)
     if peer >= 0:
         poller.register(peer, select.POLLRDHUP)
@@ -123,6 +139,8 @@ def wait(
         for fd, _ in events:
             if fd in by_call:
                 by_call[fd].take_calls()
+            elif fd in by_service:
+                by_service[fd].service()
             elif ready():
                 return
             elif fd in by_err:
