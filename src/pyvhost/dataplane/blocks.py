@@ -35,12 +35,24 @@ SLOT_OUT: Final = 16
 SLOT_IN: Final = 24
 SLOT_OUT_BYTES: Final = 32
 SLOT_IN_BYTES: Final = 40
-#: Behind the iovecs: room for one descriptor that lies across two regions.
-BATCH_SCRATCH: Final = SLOTS * SLOT_BYTES + BATCH_IOVECS * 16
+#: From a struct iovec to the same piece's address in the dirty log, 16 bytes apart as they are.
+IOV_LOG: Final = BATCH_IOVECS * 16
+#: Behind them: room for one descriptor that lies across two regions.
+BATCH_SCRATCH: Final = SLOTS * SLOT_BYTES + 2 * BATCH_IOVECS * 16
 BATCH_BYTES: Final = BATCH_SCRATCH + 64
 
-#: A region: guest physical address, bytes, host address; sorted by the first, never overlapping.
-REGION_BYTES: Final = 24
+#: A region, or an entry of the IOTLB: address (the guest's physical one, or an I/O virtual one), bytes, host
+#: address, guest physical address, what it may be used for (ACCESS_*); sorted by the first, never overlapping.
+REGION_SIZE: Final = 8
+REGION_HOST: Final = 16
+REGION_LOG: Final = 24
+REGION_ACCESS: Final = 32
+REGION_BYTES: Final = 40
+
+#: An entry of an inflight queue region begins behind its head (vhost-user, struct QueueRegionSplit).
+INFLIGHT_USED_IDX: Final = 14
+INFLIGHT_DESC: Final = 16
+INFLIGHT_DESC_BYTES: Final = 16
 
 
 def _int64s(*names: str) -> np.dtype[np.void]:
@@ -55,12 +67,15 @@ RING: Final = _int64s(
     "avail",
     "used",
     "num",
-    # The memory that its guest addresses mean, and the region that was hit last.
+    # The memory that its guest addresses mean, whether that is an IOTLB, and the region that was hit last.
     "regions",
     "region_count",
+    "iotlb",
     "hit_guest",
     "hit_size",
     "hit_host",
+    "hit_log",
+    "hit_access",
     # Free-running indices modulo 65536: taken, seen of the driver's, used, published, signalled.
     "last_avail",
     "seen_avail",
@@ -71,11 +86,26 @@ RING: Final = _int64s(
     # What was negotiated.
     "event_idx",
     "notify_on_empty",
+    # Whether its numbers are of the other byte order (a legacy guest's).
+    "swap",
+    # The dirty log: its address for what is written to buffers and for what is written to the used ring (0: not
+    # logged), its bytes, the used ring's address in it, what to signal (-1: nothing).
+    "log_data",
+    "log_used",
+    "log_bytes",
+    "log_used_at",
+    "log_fd",
+    # Its part of the inflight memory (0: none); chains of a former life that come first: address of their heads
+    # (an int64 each), and how many are left.
+    "inflight",
+    "replay",
+    "replay_left",
     # Notifications: descriptors (-1: none), and whether the driver is asked to kick.
     "call_fd",
     "err_fd",
     "notify",
-    # Whose it is and whether it runs.
+    # Whose it is, whether its parts are in memory, and whether it runs.
+    "located",
     "running",
     "port",
     "row",
@@ -148,9 +178,8 @@ WORKER: Final = _int64s(
     "active_count",
     "watched",
     "row",
-    # Why the loop comes back (REASON_*, together), and the ring and the port that it is about.
+    # Why the loop comes back (REASON_*, together), and the port that it is about; a ring says so itself.
     "reason",
-    "reason_ring",
     "reason_port",
     # Whether a ring was ever stopped by a fault: its next kick has to be heard even while all ports are busy.
     "faults",
@@ -208,7 +237,7 @@ EVENT_PORT: Final = 2
 
 #: Why a loop came back to Python; the latter two may come together.
 REASON_STOP: Final = 0
-REASON_GUEST_FAULT: Final = 1
+REASON_RING: Final = 1
 REASON_BACKEND_FAULT: Final = 2
 
 #: What a ring's fault was; `pyvhost.vhost.faults` has the words.
@@ -223,6 +252,10 @@ FAULT_INDIRECT_SIZE: Final = 8
 FAULT_TOO_LONG: Final = 9
 FAULT_DIRECTION: Final = 10
 FAULT_HEADER: Final = 11
+#: The IOTLB allows less than what the driver wants.
+FAULT_PERMISSION: Final = 12
+#: No fault: the IOTLB has no entry, so that the ring has to wait for one.
+IOTLB_MISS: Final = 13
 
 #: What is at the other end of a port.
 PORT_NULL: Final = 0

@@ -10,17 +10,17 @@ Promises: writes no byte beyond the buffers in the batch, and writes `num_buffer
 from __future__ import annotations
 
 from pyvhost.abi.virtio_net import HDR_F_NEEDS_CSUM, HDR_GSO_ECN, HDR_GSO_NONE, HDR_GSO_UDP_L4
-from pyvhost.dataplane.access import copy, load64, store16, store64
+from pyvhost.dataplane.access import copy, load16, load64, store16, store64
 from pyvhost.dataplane.blocks import (
     SLOT_BYTES,
-    SLOT_HEAD,
     SLOT_IN,
     SLOT_IN_BYTES,
     SLOT_IOV,
     Record,
 )
 from pyvhost.dataplane.policy import inline, kernel
-from pyvhost.dataplane.split_ring import use
+from pyvhost.dataplane.split_ring import use_written
+from pyvhost.dataplane.swap import swap16, swap_header
 
 
 @kernel
@@ -72,13 +72,22 @@ def transfer(iov: int, skip: int, to_iov: int, to_skip: int, length: int) -> Non
 
 
 @inline
-def header_at(slot: int, size: int, scratch: int) -> int:
-    """Address of a transmitted chain's header in one piece: where it lies, or a copy at `scratch`."""
+def header_at(slot: int, size: int, scratch: int, swap: int) -> int:
+    """Address of a transmitted chain's header in one piece and this byte order: where it lies, or at `scratch`."""
     iov = load64(slot + SLOT_IOV)
-    if load64(iov + 8) >= size:
+    if not swap and load64(iov + 8) >= size:
         return load64(iov)
     gather(iov, 0, scratch, size)
+    if swap:
+        turn_header(scratch)
     return scratch
+
+
+@kernel
+def turn_header(header: int) -> None:
+    """Turns the numbers of the struct virtio_net_hdr at `header` into the other byte order."""
+    store64(header, swap_header(load64(header)))
+    store16(header + 8, swap16(load16(header + 8)))
 
 
 @inline
@@ -131,7 +140,9 @@ def put_merged(
     header = port["header"]
     store64(scratch, flags_word)
     store16(scratch + 8, csum_offset)
-    store16(scratch + 10, buffers)
+    store16(scratch + 10, swap16(buffers) if ring["swap"] else buffers)
+    if ring["swap"]:
+        turn_header(scratch)
     slot = batch + at * SLOT_BYTES
     lead = header
     for _ in range(buffers):
@@ -143,7 +154,7 @@ def put_merged(
         transfer(iov, skip, pieces, lead, part)
         skip += part
         length -= part
-        use(ring, load64(slot + SLOT_HEAD), lead + part)
+        use_written(ring, slot, lead + part)
         lead = 0
         slot += SLOT_BYTES
 
@@ -165,7 +176,7 @@ def put(
     """Writes one frame into the `buffers` buffers from slot `at` that `buffers_for` found, as used."""
     slot = batch + at * SLOT_BYTES
     pieces = load64(slot + SLOT_IOV)
-    if buffers == 1 and load64(slot + SLOT_IN) == 1 and load64(iov + 8) >= skip + length:
+    if buffers == 1 and load64(slot + SLOT_IN) == 1 and load64(iov + 8) >= skip + length and not ring["swap"]:
         header = port["header"]
         to = load64(pieces)
         store64(to, flags_word)
@@ -175,6 +186,6 @@ def put(
         else:
             store16(to + 8, csum_offset)
         copy(to + header, load64(iov) + skip, length)
-        use(ring, load64(slot + SLOT_HEAD), header + length)
+        use_written(ring, slot, header + length)
     else:
         put_merged(port, ring, batch, at, buffers, flags_word, csum_offset, iov, skip, length, scratch)

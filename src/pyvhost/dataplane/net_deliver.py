@@ -21,7 +21,7 @@ from pyvhost.dataplane.blocks import (
     MEMBER_BYTES,
     MEMBER_PORT,
     MEMBER_PORTS,
-    REASON_GUEST_FAULT,
+    REASON_RING,
     SCRATCH_FRAME,
     SCRATCH_HEADER,
     SCRATCH_IOV,
@@ -49,11 +49,10 @@ FAULT = -2
 
 @kernel
 def guest_fault(worker: Record, rings: Records, index: int) -> None:
-    """Stops ring `index`, whose record holds a fault, and has Python tell of it once."""
+    """Stops ring `index`, whose record holds a fault or a miss, and has Python tell of it."""
     worker["faults"] = 1
     if stop_at_fault(rings[index]):
-        worker["reason"] |= REASON_GUEST_FAULT
-        worker["reason_ring"] = index
+        worker["reason"] |= REASON_RING
 
 
 @kernel
@@ -184,10 +183,12 @@ def deliver(
     """
     out = ports[target]
     header = ports[source]["header"]
+    # An uplink has no ring, and its frames this host's byte order.
+    swap = rings[ports[source]["tx"]]["swap"] if ports[source]["tx"] >= 0 else 0
     if out["rx"] < 0:
         sent = first
         if out["writable"]:
-            sent = send_fd(worker, ports, target, header, batch, first, end, out["row"])
+            sent = send_fd(worker, ports, target, header, swap, batch, first, end, out["row"])
         count(out["row"], C_DROPS, end - sent)
         return end
     ring = rings[out["rx"]]
@@ -207,7 +208,7 @@ def deliver(
     done = first
     while done < end:
         slot = batch + done * SLOT_BYTES
-        start = header_at(slot, header, scratch + SCRATCH_HEADER)
+        start = header_at(slot, header, scratch + SCRATCH_HEADER, swap)
         flags_word = sane(load64(start))
         csum_offset = load16(start + 8)
         length = load64(slot + SLOT_OUT_BYTES) - header

@@ -21,9 +21,11 @@ from pyvhost.dataplane.blocks import (
     EVENT_KICK,
     EVENT_PORT,
     EVENTS,
+    IOTLB_MISS,
     PORT_FD,
     PORT_GENERATE,
     PORT_STREAM,
+    REASON_RING,
     REASON_STOP,
     SCRATCH_CLOCK,
     Record,
@@ -60,10 +62,10 @@ def _serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
     if tx >= 0 and rings[tx]["running"]:
         moved += transmit(worker, rings, ports, index)
     rx = port["rx"]
-    if rx < 0:
+    if port["row"]:
         if kind == PORT_FD:
             moved += receive_uplink(worker, rings, ports, index)
-    elif rings[rx]["running"]:
+    elif rx >= 0 and rings[rx]["running"]:
         if kind == PORT_FD:
             moved += receive_fd(worker, rings, ports, index)
         elif kind == PORT_GENERATE:
@@ -107,10 +109,14 @@ def _wait(worker: Record, rings: Records, ports: Records, timeout_ms: int) -> No
         if kind == EVENT_KICK:
             ring = rings[index]
             count(ring["row"], C_KICKS, 1)
-            if ring["fault"] and not ring["running"]:
-                # As on Linux: a ring at fault is looked at again at the next kick.
+            if ring["fault"] and not ring["running"] and ring["located"]:
+                # As on Linux: a ring at fault is looked at again at the next kick, and misses again.
                 ring["fault"] = 0
                 ring["running"] = 1
+            elif not ring["running"] and not ring["located"]:
+                ring["fault"] = IOTLB_MISS
+                ring["fault_told"] = 0
+                worker["reason"] |= REASON_RING
             _activate(worker, rings, ports, ring["port"])
         elif kind == EVENT_PORT:
             port = ports[index]
@@ -167,6 +173,8 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
     while load64_acquire(worker["control"] + 8 * CONTROL_STOP) == 0:
         if worker["active_count"] == 0:
             _wait(worker, rings, ports, -1)
+            if worker["reason"] != REASON_STOP:
+                return worker["reason"]
             continue
         now = clock_ns(clock)
         if now - looked > _LOOK_NS and (

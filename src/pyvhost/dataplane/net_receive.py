@@ -50,11 +50,13 @@ from pyvhost.dataplane.blocks import (
     Record,
     Records,
 )
-from pyvhost.dataplane.frames import buffers_for, gather, put
+from pyvhost.dataplane.dirty_log import log_slots
+from pyvhost.dataplane.frames import buffers_for, gather, put, turn_header
 from pyvhost.dataplane.net_deliver import deliver_plain, forward, guest_fault, must_be_plain, offer
-from pyvhost.dataplane.net_send import backend_fault, big_endian32, touch
+from pyvhost.dataplane.net_send import backend_fault, touch
 from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.split_ring import WRITABLE, collect, count, publish, take, use
+from pyvhost.dataplane.swap import swap16, swap32
 from pyvhost.dataplane.tap_ring import record_received
 
 _EAGAIN: Final = codes.EAGAIN
@@ -230,6 +232,9 @@ def _receive_one(
             if own > 0:
                 copy(bounce, base, own)
             _gather_slots(batch, at, header, bounce + BOUNCE_FRAME, min(room, length))
+            if ring["log_data"]:
+                # They are not used, and yet written.
+                log_slots(ring, first, header + min(room, length))
         if own == 0:
             store64(bounce, 0)
             store16(bounce + 8, 0)
@@ -241,6 +246,8 @@ def _receive_one(
     elif not port["guest_csum"]:
         # NEEDS_CSUM is not set, and of the other flags such a guest is not to hear.
         store8(base, 0)
+    if ring["swap"]:
+        turn_header(base)
     left = length + header
     filled = 0
     while left > 0:
@@ -249,7 +256,9 @@ def _receive_one(
         left -= part
         filled += 1
     if header == 12:
-        store16(base + 10, filled)
+        store16(base + 10, swap16(filled) if ring["swap"] else filled)
+    if ring["log_data"]:
+        log_slots(ring, first, header + length)
     if port["record"]:
         record_received(port["record"], batch, at, filled, header, length)
     count(row, C_PACKETS, 1)
@@ -351,7 +360,7 @@ def receive_stream(worker: Record, rings: Records, ports: Records, index: int) -
     while done < BATCH:
         waiting = port["stream_have"] - port["stream_at"]
         if waiting >= 4:
-            length = big_endian32(load32(buffer + port["stream_at"]))
+            length = swap32(load32(buffer + port["stream_at"]))
             if length > LONGEST_FRAME:
                 backend_fault(worker, ports, index, _EPROTO)
                 port["readable"] = 0

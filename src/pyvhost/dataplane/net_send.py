@@ -30,19 +30,14 @@ from pyvhost.dataplane.blocks import (
     Records,
 )
 from pyvhost.dataplane.frames import gather, header_at
-from pyvhost.dataplane.policy import inline, kernel
+from pyvhost.dataplane.policy import kernel
 from pyvhost.dataplane.split_ring import count
+from pyvhost.dataplane.swap import swap32
 
 _EAGAIN: Final = codes.EAGAIN
 _EINTR: Final = codes.EINTR
 _EFAULT: Final = codes.EFAULT
 _PAGE: Final = 4096
-
-
-@inline
-def big_endian32(value: int) -> int:
-    """A number of 32 bits with its bytes turned round, as the stream's framing has them."""
-    return (value & 0xFF) << 24 | (value & 0xFF00) << 8 | (value >> 8) & 0xFF00 | (value >> 24) & 0xFF
 
 
 @kernel
@@ -95,11 +90,20 @@ def payload(slot: int, skip: int, to: int) -> int:
 
 @kernel
 def send_fd(
-    worker: Record, ports: Records, target: int, header: int, batch: int, first: int, end: int, row: int
+    worker: Record,
+    ports: Records,
+    target: int,
+    header: int,
+    swap: int,
+    batch: int,
+    first: int,
+    end: int,
+    row: int,
 ) -> int:
     """Writes slots `first` to `end` to a tap or packet socket, a frame a call; how many are done with.
 
-    `header`: the size of the virtio_net_hdr in front of each; the port's own may be shorter, or 0.
+    `header`: the size of the virtio_net_hdr in front of each; the port's own may be shorter, or 0. `swap`: its
+    numbers are of the other byte order.
     """
     port = ports[target]
     fd = port["fd"]
@@ -113,11 +117,11 @@ def send_fd(
         slot = batch + done * SLOT_BYTES
         iov = load64(slot + SLOT_IOV)
         pieces = load64(slot + SLOT_OUT)
-        if own != header:
+        if own != header or swap:
             iov = scratch + SCRATCH_IOV
             lead = 0
             if own > 0:
-                store64(iov, header_at(slot, header, scratch + SCRATCH_HEADER))
+                store64(iov, header_at(slot, header, scratch + SCRATCH_HEADER, swap))
                 store64(iov + 8, own)
                 lead = 1
             pieces = lead + payload(slot, header, iov + 16 * lead)
@@ -188,7 +192,7 @@ def send_stream(
             break
         size = load64(slot + SLOT_OUT_BYTES) - header
         length = lengths + (last - first) * 4
-        store32(length, big_endian32(size))
+        store32(length, swap32(size))
         store64(iov + made * 16, length)
         store64(iov + made * 16 + 8, 4)
         made += 1
@@ -210,7 +214,7 @@ def send_stream(
         slot = batch + done * SLOT_BYTES
         size = load64(slot + SLOT_OUT_BYTES) - header
         if wrote < size + 4:
-            store32(port["unsent"], big_endian32(size))
+            store32(port["unsent"], swap32(size))
             gather(load64(slot + SLOT_IOV), header, port["unsent"] + 4, size)
             port["unsent_at"] = wrote
             port["unsent_bytes"] = size + 4 - wrote

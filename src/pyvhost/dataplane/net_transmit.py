@@ -123,7 +123,9 @@ def _send(
         count(row, C_DROPS, end - first)
         return end
     if kind == PORT_FD:
-        return send_fd(worker, ports, index, header, batch, first, end, row) if port["writable"] else first
+        if not port["writable"]:
+            return first
+        return send_fd(worker, ports, index, header, rings[port["tx"]]["swap"], batch, first, end, row)
     if kind == PORT_STREAM:
         return (
             send_stream(worker, ports, index, header, batch, first, end, row) if port["writable"] else first

@@ -3,21 +3,19 @@
 A region has three addresses: the guest's (`guest_phys_addr`, what descriptors hold), the front end's
 (`userspace_addr`, what SET_VRING_ADDR holds) and the one it has here (`host`).
 
-Promises: a region that would wrap, overlap another, or lie outside its file is refused before it is mapped; a
-table is never changed, only replaced, so that who holds it sees one state; a mapping goes when the last table
-that has it is closed.
+Promises: a region that would wrap or lie outside its file is refused before it is mapped, one that overlaps
+another with the table; a table is never changed, only replaced, so that who holds it sees one state; a mapping
+goes when the last table that has it is closed.
 Never: reads or writes guest memory.
 """
 
 from __future__ import annotations
 
 import bisect
-import ctypes
 import errno
 import itertools
-import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -25,13 +23,21 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_MAP_NORESERVE: Final = 0x4000
+from pyvhost.abi.vhost import ACCESS_RW
+from pyvhost.memory.mapped import Guard, Mapped
+
 _TOP: Final = 1 << 64
+
+#: The guest address of memory that has none: no dirty log reaches it.
+NO_GUEST: Final = 1 << 63
+
+#: A row of a table for kernels: address, bytes, host address, guest physical address, ACCESS_*.
+Row = tuple[int, int, int, int, int]
+
+
+def rows_block(rows: Iterable[Row]) -> npt.NDArray[np.int64]:
+    """Rows as kernels read them (`blocks.REGION_*`)."""
+    return np.array(list(rows), dtype=np.uint64).astype(np.int64).reshape(-1, 5)
 
 
 @dataclass(frozen=True)
@@ -66,25 +72,13 @@ class MemoryRegion:
                 raise OSError(errno.EFAULT, f"{self}: {name} {start:#x} + {self.memory_size:#x} wraps")
 
 
-@dataclass(frozen=True)
-class Guard:
-    """Who is told of mappings whose file may shrink: `protect(address, length)` gives a slot."""
-
-    protect: Callable[[int, int], int]
-    release: Callable[[int], None]
-    lost: Callable[[int], bool]
-
-
 @dataclass
 class Mapping:
     """A region that is mapped (or lies here anyway), and how many tables have it."""
 
     region: MemoryRegion
     host: int
-    _base: int = 0
-    _length: int = 0
-    _slot: int = -1
-    _guard: Guard | None = None
+    mapped: Mapped | None = None
     tables: int = field(default=0)
 
     @classmethod
@@ -95,31 +89,8 @@ class Mapping:
             return cls(region, region.userspace_addr)
         try:
             region.check()
-            status = os.fstat(region.fd)
-            end = region.mmap_offset + region.memory_size
-            if end > status.st_size:
-                raise OSError(
-                    errno.EINVAL,
-                    f"{region}: bytes {region.mmap_offset:#x} to {end:#x} of a file of {status.st_size:#x}",
-                )
-            # On hugetlbfs the block size is the page size, and offset and length go by it.
-            block = status.st_blksize
-            huge = block > mmap.PAGESIZE and block & (block - 1) == 0 and status.st_size % block == 0
-            page = block if huge else mmap.PAGESIZE
-            lead = region.mmap_offset % page
-            length = -(-(lead + region.memory_size) // page) * page
-            flags = mmap.MAP_SHARED | _MAP_NORESERVE
-            offset = region.mmap_offset - lead
-            base = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, region.fd, offset)
-            if base == _MAP_FAILED:
-                code = ctypes.get_errno()
-                raise OSError(code, f"{region}: mmap: {os.strerror(code)}")
-            try:
-                slot = guard.protect(base, length) if guard else -1
-            except BaseException:
-                _libc.munmap(base, length)
-                raise
-            return cls(region, base + lead, base, length, slot, guard)
+            mapped = Mapped.of(region.fd, region.mmap_offset, region.memory_size, str(region), guard)
+            return cls(region, mapped.address, mapped)
         finally:
             # One that is not open has been found out by then.
             with suppress(OSError):
@@ -128,24 +99,40 @@ class Mapping:
     @property
     def lost(self) -> bool:
         """Whether its file was made smaller, so that zeros have taken its place."""
-        return self._guard is not None and self._guard.lost(self._slot)
+        return self.mapped is not None and self.mapped.lost
 
     def drop(self) -> None:
         """One table less has it; unmapped with the last."""
         self.tables -= 1
-        if self.tables <= 0 and self._length:
-            if self._guard:
-                self._guard.release(self._slot)
-            _libc.munmap(self._base, self._length)
-            self._length = 0
+        if self.tables <= 0 and self.mapped is not None:
+            self.mapped.close()
+
+
+#: Which parts of a range of this process's own memory can be read and written: address and bytes of each.
+Usable = Callable[[int, int], Sequence[tuple[int, int]]]
 
 
 class MemoryTable:
-    """Some regions at one time. OSError EINVAL: two of them overlap, in the guest's or the front end's view."""
+    """Some regions at one time. OSError EINVAL: two of them overlap, in the guest's or the front end's view.
 
-    def __init__(self, mappings: Sequence[Mapping] = ()) -> None:
+    `usable`: the regions are this process's own memory, and this says what there is of it. As on Linux they may
+    overlap then: the one that begins first counts.
+    """
+
+    def __init__(self, mappings: Sequence[Mapping] = (), usable: Usable | None = None) -> None:
         self.mappings = sorted(mappings, key=lambda m: m.region.guest_phys_addr)
         self._by_user = sorted(mappings, key=lambda m: m.region.userspace_addr)
+        self._user_starts = [m.region.userspace_addr for m in self._by_user]
+        self._usable = usable
+        if usable is None:
+            self._refuse_overlaps()
+        for mapping in self.mappings:
+            mapping.tables += 1
+        #: What kernels read (`blocks.REGION_*`): guest address, size, host address, the same for the dirty log, and
+        #: what may be done there.
+        self.block = rows_block(self._rows())
+
+    def _refuse_overlaps(self) -> None:
         for name, ordered in (("guest_phys_addr", self.mappings), ("userspace_addr", self._by_user)):
             for one, two in itertools.pairwise(ordered):
                 end = getattr(one.region, name) + one.region.memory_size
@@ -154,18 +141,20 @@ class MemoryTable:
                         errno.EINVAL,
                         f"{two.region} overlaps {one.region}: {name} {getattr(two.region, name):#x} < {end:#x}",
                     )
-        self._user_starts = [m.region.userspace_addr for m in self._by_user]
+
+    def _rows(self) -> Iterator[Row]:
+        end = 0
         for mapping in self.mappings:
-            mapping.tables += 1
-        #: What kernels read: guest address, size, host address of each region, sorted.
-        self.block: npt.NDArray[np.int64] = (
-            np.array(
-                [(m.region.guest_phys_addr, m.region.memory_size, m.host) for m in self.mappings],
-                dtype=np.uint64,
-            )
-            .astype(np.int64)
-            .reshape(-1, 3)
-        )
+            region = mapping.region
+            first = max(end, region.guest_phys_addr)
+            last = region.guest_phys_addr + region.memory_size
+            if first >= last:
+                continue
+            end = last
+            host = mapping.host + first - region.guest_phys_addr
+            for start, size in self._usable(host, last - first) if self._usable else [(host, last - first)]:
+                guest = first + start - host
+                yield guest, size, start, guest, ACCESS_RW
 
     def __len__(self) -> int:
         return len(self.mappings)
@@ -177,6 +166,11 @@ class MemoryTable:
 
     def host_of_user(self, address: int, length: int) -> int:
         """Where `length` bytes at a front end's address lie here. OSError EFAULT: not inside one region."""
+        if self._usable is not None:
+            # The front end's address is this process's own, in the table or not.
+            if list(self._usable(address, length)) == [(address, length)]:
+                return address
+            raise OSError(errno.EFAULT, f"{address:#x}+{length:#x} is not memory of this process")
         at = bisect.bisect_right(self._user_starts, address) - 1
         if at >= 0:
             mapping = self._by_user[at]
@@ -187,6 +181,49 @@ class MemoryTable:
             errno.EFAULT,
             f"{address:#x}+{length:#x} is in none of the {len(self)} regions of the memory table",
         )
+
+    def pieces_of_user(self, address: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """A front end's range: offset in it, bytes, host address and guest address of each piece.
+
+        OSError EFAULT: not all of it is in the memory table; this process's own need not be in it, and what is not
+        has `NO_GUEST` for its guest address.
+        """
+        if self._usable is not None:
+            for start, size in self._usable(address, length):
+                yield from self._own_pieces(address, start, size)
+            return
+        end = address + length
+        done = address
+        at = max(bisect.bisect_right(self._user_starts, address) - 1, 0)
+        found = []
+        for mapping in self._by_user[at:]:
+            first = mapping.region.userspace_addr
+            if first > done or done == end:
+                break
+            run = min(end, first + mapping.region.memory_size) - done
+            if run > 0:
+                inside = done - first
+                found.append(
+                    (done - address, run, mapping.host + inside, mapping.region.guest_phys_addr + inside)
+                )
+                done += run
+        if done < end:
+            raise OSError(errno.EFAULT, f"{address:#x}+{length:#x}: {done:#x} is not in the memory table")
+        yield from found
+
+    def _own_pieces(self, base: int, start: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+        end = start + size
+        for mapping in self._by_user:
+            first = max(start, mapping.region.userspace_addr)
+            last = min(end, mapping.region.userspace_addr + mapping.region.memory_size)
+            if first < last:
+                if start < first:
+                    yield start - base, first - start, start, NO_GUEST
+                guest = mapping.region.guest_phys_addr + first - mapping.region.userspace_addr
+                yield first - base, last - first, first, guest
+                start = last
+        if start < end:
+            yield start - base, end - start, start, NO_GUEST
 
     def close(self) -> None:
         """Gives up its mappings; once, and when nothing uses its block any more."""

@@ -73,7 +73,9 @@ class NetDevice(Device):
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise ValueError(f"queue_pairs is {queue_pairs}, expected 1 to {MAX_QUEUE_PAIRS}")
         self.backend.check_pairs(queue_pairs)
-        super().__init__(name or f"net {self.backend.spec}", 2 * queue_pairs + 1)
+        super().__init__(
+            name or f"net {self.backend.spec}", 2 * queue_pairs + 1, busyloop_timeout=busyloop_timeout
+        )
         self.queue_pairs = queue_pairs
         self.pairs: list[Pair] = []
         #: The switch that it is a member of, if its backend is one, and as which.
@@ -83,7 +85,6 @@ class NetDevice(Device):
         self._mtu = mtu
         if mtu is not None:
             self.set_mtu(mtu)
-        self._busy_ns = busyloop_timeout * 1000
         self._pcap = pcap
         self._recorder: Recorder | None = None
         self._status = abi.S_LINK_UP
@@ -112,7 +113,7 @@ class NetDevice(Device):
                 self.member = self.switch.join()
             self._own = (self._mac, self._mtu)
             for i in range(self.queue_pairs):
-                self.pairs.append(Pair(process, self, i, self._busy_ns))
+                self.pairs.append(Pair(process, self, i))
             if self._pcap is not None:
                 self._recorder = Recorder(self._pcap, self.name, self.queue_pairs)
                 for pair, address in zip(self.pairs, self._recorder.addresses, strict=True):

@@ -26,9 +26,9 @@ TX: Final = 1
 
 
 class Pair:
-    """Queue pair `index` of a device. `busy_ns`: how long it is polled before it rests, in nanoseconds."""
+    """Queue pair `index` of a device."""
 
-    def __init__(self, process: Process, device: NetDevice, index: int, busy_ns: int) -> None:
+    def __init__(self, process: Process, device: NetDevice, index: int) -> None:
         backend = device.backend
         self.index = index
         self._process = process
@@ -61,7 +61,7 @@ class Pair:
                 record["switch"] = device.switch.address
                 record["member"] = device.member
             self.worker.on_backend_fault[self.port] = lambda code: device.backend_fault(self, code)
-        self._places = [WorkerPlace(self.worker, self.port, ring, busy_ns) for ring in self._rings]
+        self._places = [WorkerPlace(self.worker, self.port, ring) for ring in self._rings]
 
     def _room(self, size: int) -> int:
         """Memory that lives as long as the pair; untouched, it costs nothing."""

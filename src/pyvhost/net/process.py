@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from pyvhost.dataplane import blocks, policy, split_ring
+from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.net_loop import net_loop
 from pyvhost.dataplane.switch_table import learn
 from pyvhost.vhost.counters import CounterFile
@@ -25,6 +26,7 @@ class Process:
 
     def __init__(self, workers: int | None = None) -> None:
         self.counters = CounterFile(blocks.COUNTERS)
+        self._own: dict[Worker, Int64s] = {}
         self._workers = Workers(net_loop, "net", self._worker_row, workers)
 
     @classmethod
@@ -54,10 +56,12 @@ class Process:
                 (net_loop, (worker, rings, ports)),
                 (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
+                (split_ring.use_written, (ring, 0, 0)),
                 (split_ring.take, (ring, 0)),
                 (split_ring.publish, (ring,)),
                 (split_ring.want_kicks, (ring, True)),
                 (split_ring.stop_at_fault, (ring,)),
+                (log_used, (ring, 0, 0)),
                 (learn, (0, 0, 0)),
             ],
         )
@@ -69,6 +73,18 @@ class Process:
     def worker(self, key: str | None = None) -> Worker:
         """The worker for what has to be together, or the next in turn."""
         return self._workers.take(key)
+
+    def own_worker(self, name: str) -> Worker:
+        """A worker for its owner alone, who ends it."""
+        row = self._worker_row(name)
+        worker = Worker(net_loop, name, row)
+        self._own[worker] = row
+        return worker
+
+    def end_worker(self, worker: Worker) -> None:
+        """Ends one of `own_worker`; it has no port any more."""
+        worker.close()
+        self.counters.release(self._own.pop(worker))
 
     def _worker_row(self, name: str) -> Int64s:
         return self.row(name, "worker", "-", "-")

@@ -20,7 +20,7 @@ import numpy as np
 
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane.plain import load64
-from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use, want_kicks
+from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use_written, want_kicks
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.vhost import faults
@@ -81,7 +81,10 @@ class PythonRing:
         self._ring: Any = np.zeros(1, blocks.RING)
         self._batch = np.zeros(blocks.BATCH_BYTES // 8, np.int64)
         self.record["row"] = row.ctypes.data
+        self.record["call_fd"] = self.record["err_fd"] = self.record["log_fd"] = -1
         self._kick = -1
+        #: Called when the ring waits for the IOTLB.
+        self.on_wait: Callable[[], None] | None = None
 
     @property
     def record(self) -> Any:
@@ -106,13 +109,26 @@ class PythonRing:
             self._poller.unregister(self._kick)
         self._kick = -1
 
+    def look(self) -> None:
+        """Looks at it soon."""
+        self._poller.call_soon_threadsafe(self._serve)
+
+    def poll_for(self, vring: Vring) -> None:
+        """Nothing: the control thread polls nobody."""
+
     def _kicked(self, events: int) -> None:
         eventfd.drain(self._kick)
         self._row[blocks.C_KICKS // 8] += 1
-        if self.record["fault"]:
+        if not self.record["located"]:
+            self._waits()
+        elif self.record["fault"]:
             self.record["fault"] = 0
             self.record["running"] = 1
         self._serve()
+
+    def _waits(self) -> None:
+        if self.on_wait is not None:
+            self.on_wait()
 
     def _serve(self) -> None:
         record = self.record
@@ -127,7 +143,11 @@ class PythonRing:
                     return
             if found < 0:
                 if stop_at_fault(record):
-                    _log.error("%s: stopped: %s", self.name, faults.describe(record))
+                    record["fault_told"] = 1
+                    if record["fault"] == blocks.IOTLB_MISS:
+                        self._waits()
+                    else:
+                        _log.error("%s: stopped: %s", self.name, faults.describe(record))
                 return
             self._handle(self._batch.ctypes.data)
         self._poller.call_soon_threadsafe(self._serve)
@@ -146,6 +166,6 @@ class PythonRing:
             _log.exception("%s: chain %d", self.name, chain.head)
             written = 0
         take(self.record, 1)
-        use(self.record, chain.head, written)
+        use_written(self.record, slot, written)
         self._row[blocks.C_PACKETS // 8] += 1
         publish(self.record)

@@ -16,12 +16,13 @@ _WORDS: Final[dict[int, str]] = {
     blocks.FAULT_NEXT: "descriptor chain {a}: next {descriptor} is not below {b} (2.7.5.1)",
     blocks.FAULT_LOOP: "descriptor chain {a} has more than its table's {b} descriptors: a loop (2.7.5.2)",
     blocks.FAULT_ADDRESS: "descriptor {descriptor}: addr {a:#x} + len {b} is not in guest memory (2.7.5)",
-    blocks.FAULT_LENGTH: "descriptor {descriptor} of chain {b}: len is 0 (2.7.5)",
+    blocks.FAULT_LENGTH: "descriptor chain {b}: there is no byte to write to in it (2.7.5)",
     blocks.FAULT_INDIRECT: "indirect descriptor {descriptor}: addr or flags {a:#x} ({b}) can't be (2.7.5.3.1)",
     blocks.FAULT_INDIRECT_SIZE: "indirect descriptor {descriptor}: len {a} is no table (2.7.5.3.1)",
     blocks.FAULT_TOO_LONG: "descriptor chain {a} has more than {b} pieces (2.7.5)",
     blocks.FAULT_DIRECTION: "descriptor {descriptor}: readable or writable where it can't be (2.7.4.2)",
     blocks.FAULT_HEADER: "descriptor chain {descriptor}: {a} bytes are less than a header of {b} (5.1.6)",
+    blocks.FAULT_PERMISSION: "{a:#x}: the IOTLB allows {descriptor}, {b} is needed (1 reads, 2 writes)",
 }
 
 

@@ -100,8 +100,12 @@ class Worker:
         self.on_backend_fault: dict[int, Callable[[int], None]] = {}
         #: Who a ring is, for the log: by ring index.
         self.ring_names: dict[int, str] = {}
+        #: Told, in the worker's thread, that a ring waits for the IOTLB: by ring index.
+        self.on_wait: dict[int, Callable[[], None]] = {}
         #: Which rings have no kick to wait for: by port index.
         self.polled: dict[int, set[int]] = {}
+        #: How long each ring is polled before it rests, nanoseconds: by port index.
+        self.busy: dict[int, dict[int, int]] = {}
         self._state = threading.Condition()
         self._pauses = 0
         self._inside = False
@@ -151,6 +155,7 @@ class Worker:
         self.ports[index]["used"] = 0
         self.on_backend_fault.pop(index, None)
         self.polled.pop(index, None)
+        self.busy.pop(index, None)
         self._records[0]["ports"] -= 1
         self._port_slots.give_back(index)
 
@@ -161,13 +166,14 @@ class Worker:
         record = self.rings[index]
         record["port"] = port
         record["row"] = row.ctypes.data
-        record["call_fd"] = record["err_fd"] = -1
+        record["call_fd"] = record["err_fd"] = record["log_fd"] = -1
         self.ring_names[index] = name
         return index
 
     def remove_ring(self, index: int) -> None:
         """Takes a ring out that does not run."""
         self.ring_names.pop(index, None)
+        self.on_wait.pop(index, None)
         self._ring_slots.give_back(index)
 
     def activate(self, port: int) -> None:
@@ -245,15 +251,25 @@ class Worker:
 
     def _tell(self, reason: int) -> None:
         record = self._records[0]
-        if reason & blocks.REASON_GUEST_FAULT:
-            ring = int(record["reason_ring"])
-            name = self.ring_names.get(ring, f"ring {ring}")
-            _log.error("%s: stopped: %s", name, faults.describe(self.rings[ring]))
+        if reason & blocks.REASON_RING:
+            rings = self.rings
+            untold = (rings["fault"] != 0) & (rings["fault_told"] == 0) & (rings["running"] == 0)
+            for ring in np.flatnonzero(untold):
+                self._tell_of_ring(int(ring))
         if reason & blocks.REASON_BACKEND_FAULT:
             port = int(record["reason_port"])
             told = self.on_backend_fault.get(port)
             if told is not None:
                 told(int(self.ports[port]["error"]))
+
+    def _tell_of_ring(self, ring: int) -> None:
+        record = self.rings[ring]
+        record["fault_told"] = 1
+        if record["fault"] != blocks.IOTLB_MISS:
+            name = self.ring_names.get(ring, f"ring {ring}")
+            _log.error("%s: stopped: %s", name, faults.describe(record))
+        elif (waits := self.on_wait.get(ring)) is not None:
+            waits()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -267,13 +283,12 @@ class Worker:
 
 
 class WorkerPlace:
-    """A place (`device.Place`): a ring of a worker's port. `busy_ns`: how long the port polls before it rests."""
+    """A place (`device.Place`): a ring of a worker's port."""
 
-    def __init__(self, worker: Worker, port: int, ring: int, busy_ns: int = 0) -> None:
+    def __init__(self, worker: Worker, port: int, ring: int) -> None:
         self.worker = worker
         self.port = port
         self.ring = ring
-        self.busy_ns = busy_ns
 
     @property
     def record(self) -> Any:
@@ -290,22 +305,45 @@ class WorkerPlace:
             self.worker.watch(vring.kick, select.EPOLLIN, blocks.EVENT_KICK, self.ring)
         else:
             self.worker.polled.setdefault(self.port, set()).add(self.ring)
-        self._set_busy()
-        record = self.worker.ports[self.port]
-        record["readable"] = int(record["fd"] >= 0)
-        self.worker.activate(self.port)
+        self.poll_for(vring)
+        self.look()
 
     def end(self, vring: Vring) -> None:
         """Stops listening."""
         if vring.kick >= 0:
             self.worker.unwatch(vring.kick, blocks.EVENT_KICK)
         self.worker.polled.get(self.port, set()).discard(self.ring)
+        self.worker.busy.get(self.port, {}).pop(self.ring, None)
         self._set_busy()
+
+    def look(self) -> None:
+        """Has the loop look at the port at once."""
+        record = self.worker.ports[self.port]
+        record["readable"] = int(record["fd"] >= 0)
+        self.worker.activate(self.port)
+
+    def poll_for(self, vring: Vring) -> None:
+        """Takes over the vring's `busyloop_timeout`, whose unit is 1024 ns as on Linux."""
+        self.worker.busy.setdefault(self.port, {})[self.ring] = vring.busyloop_timeout << 10
+        self._set_busy()
+
+    @property
+    def on_wait(self) -> Callable[[], None] | None:
+        """Called in the worker's thread when the ring waits for the IOTLB."""
+        return self.worker.on_wait.get(self.ring)
+
+    @on_wait.setter
+    def on_wait(self, waits: Callable[[], None] | None) -> None:
+        if waits is None:
+            self.worker.on_wait.pop(self.ring, None)
+        else:
+            self.worker.on_wait[self.ring] = waits
 
     def _set_busy(self) -> None:
         """A port is polled for ever while one of its rings has no kick, and not a moment longer."""
         polled = self.worker.polled.get(self.port)
-        self.worker.ports[self.port]["busy_ns"] = _FOR_EVER if polled else self.busy_ns
+        longest = max(self.worker.busy.get(self.port, {}).values(), default=0)
+        self.worker.ports[self.port]["busy_ns"] = _FOR_EVER if polled else longest
 
 
 class Workers:

@@ -1,0 +1,220 @@
+"""A device's running vrings: how they start and stop, and what of theirs is in their place's record.
+
+A ring that is in its place is *located* while its parts are in memory. With an IOTLB, or with memory that the
+front end may unmap, they may not be: the ring waits then, and asks again at each kick and each answer.
+
+Promises: a record is only written while its place is paused; a ring that begins takes over the used index that
+the guest has, one that is located anew goes on where it was.
+Never: decides when a ring runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pyvhost.abi import vhost as abi
+from pyvhost.abi import virtio
+from pyvhost.dataplane import blocks
+from pyvhost.dataplane.dirty_log import log_used
+from pyvhost.dataplane.plain import load16, store16
+from pyvhost.host import eventfd
+from pyvhost.memory.regions import MemoryTable
+from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.guest_memory import WaitsError
+from pyvhost.vhost.vring import Vring
+
+if TYPE_CHECKING:
+    from pyvhost.vhost.device_memory import DeviceMemory
+
+_log = logging.getLogger(__name__)
+
+_NATIVE_LITTLE: Final = sys.byteorder == "little"
+
+
+class Rings:
+    """The running vrings of `device`."""
+
+    def __init__(self, device: DeviceMemory) -> None:
+        self._device = device
+        self._memory = device._memory
+        #: Heads of a former life, kept as long as a record has their address: by vring.
+        self._replays: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+
+    def start(self, vring: Vring) -> None:
+        """Puts a vring in its place. VhostError EINVAL: it has no size; EFAULT: it is not in memory; EBUSY."""
+        device = self._device
+        if vring.num == 0:
+            raise VhostError(
+                errno.EINVAL, f"{device.name}: vring {vring.index} has no size: SET_VRING_NUM is missing"
+            )
+        place = device.place_of(vring.index)
+        if any(other.place is place for other in device.vrings):
+            raise VhostError(
+                errno.EBUSY,
+                f"{device.name}: vring {vring.index}: another one runs in its place since before MQ",
+            )
+        with place.paused():
+            record = place.record
+            vring.place = place
+            vring.begun = False
+            record["num"] = vring.num
+            record["running"] = record["located"] = 0
+            record["call_fd"], record["err_fd"] = vring.call, vring.err
+            record["fault"] = record["fault_told"] = record["replay_left"] = record["inflight"] = 0
+            try:
+                self.negotiated(vring)
+                self.locate(vring)
+                place.on_wait = lambda: self.waits(vring)
+                place.begin(vring)
+            except BaseException:
+                record["running"] = 0
+                vring.place = None
+                place.on_wait = None
+                vring.let_go()
+                raise
+        _log.debug("%s: vring %d runs, num %d, base %d", device.name, vring.index, vring.num, vring.base)
+        device.running_changed()
+
+    def stop(self, vring: Vring) -> None:
+        """Takes a vring out of its place, if it is in one."""
+        place = vring.place
+        if place is None:
+            return
+        with place.paused():
+            place.end(vring)
+            place.on_wait = None
+            place.record["running"] = 0
+            if vring.begun:
+                vring.base = int(place.record["last_avail"])
+            vring.place = None
+        vring.let_go()
+        self._replays.pop(vring.index, None)
+        self._device._misses.forget(vring.index)
+        _log.debug("%s: vring %d rests, base %d", self._device.name, vring.index, vring.base)
+        self._device.running_changed()
+
+    def locate(self, vring: Vring) -> None:
+        """Finds a vring's parts, or has it wait for them. While paused. VhostError EFAULT: they can't be."""
+        assert vring.place is not None
+        record = vring.place.record
+        try:
+            parts = self._memory.parts(vring, event_idx=bool(record["event_idx"]))
+        except WaitsError as missing:
+            self._park(vring)
+            self._device.iotlb_miss(vring.index, missing.iova, missing.perm)
+            return
+        except VhostError as error:
+            if self._memory.iotlb is None and self._memory.usable is None:
+                raise
+            self._park(vring)
+            _log.error("%s", error.strerror)
+            if vring.err >= 0:
+                eventfd.signal(vring.err)
+            return
+        stitched, vring.stitched = vring.stitched, parts.stitched
+        record["desc"], record["avail"], record["used"] = parts.desc, parts.avail, parts.used
+        for mapped in stitched:
+            mapped.close()
+        self._memory.point(vring, record, self._device.acked_features)
+        if not vring.begun:
+            self._begin(vring)
+        if not record["located"] or not record["fault"]:
+            record["fault"] = 0
+            record["running"] = 1
+        record["located"] = 1
+
+    def check(self, table: MemoryTable) -> None:
+        """VhostError EFAULT: a running vring would not be in memory with this table."""
+        if self._memory.iotlb is None and self._memory.usable is None:
+            for vring in self._running():
+                self._memory.parts(vring, table)
+
+    def negotiated(self, vring: Vring) -> None:
+        """Takes over features. While paused."""
+        assert vring.place is not None
+        record = vring.place.record
+        features = self._device.acked_features
+        record["event_idx"] = features >> virtio.RING_F_EVENT_IDX & 1
+        record["notify_on_empty"] = features >> virtio.F_NOTIFY_ON_EMPTY & 1
+        little = features >> virtio.F_VERSION_1 & 1 or vring.endian == abi.VRING_LITTLE_ENDIAN
+        record["swap"] = bool(little) != _NATIVE_LITTLE
+        self._memory.point(vring, record, features)
+
+    def point(self) -> None:
+        """Takes over memory, log or IOTLB for all. While all are paused."""
+        for vring in self._running():
+            assert vring.place is not None
+            self._memory.point(vring, vring.place.record, self._device.acked_features)
+
+    def resume(self, vring: Vring) -> None:
+        """Goes on with a vring that has waited. While paused."""
+        if vring.place is None:
+            return
+        record = vring.place.record
+        if not record["located"]:
+            self.locate(vring)
+        elif record["fault"] == blocks.IOTLB_MISS:
+            record["fault"] = 0
+            record["running"] = 1
+        vring.place.look()
+
+    def waits(self, vring: Vring) -> None:
+        """A vring found that it has to wait. On the thread that reads its record, outside the loop."""
+        if vring.place is None:
+            return
+        record = vring.place.record
+        if record["located"]:
+            perm = int(record["fault_b"])
+            self._device.iotlb_miss(vring.index, int(record["fault_a"]) & 0xFFFFFFFFFFFFFFFF, perm)
+        else:
+            self.locate(vring)
+            if record["located"]:
+                vring.place.look()
+
+    def forget_inflight(self, vring: Vring) -> None:
+        """Leaves inflight memory that goes. While paused."""
+        assert vring.place is not None
+        record = vring.place.record
+        record["inflight"] = record["replay_left"] = 0
+
+    # --- within -------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Vring]:
+        return [vring for vring in self._device.vrings if vring.place is not None]
+
+    @staticmethod
+    def _park(vring: Vring) -> None:
+        assert vring.place is not None
+        record = vring.place.record
+        record["located"] = record["running"] = 0
+        record["fault"] = blocks.IOTLB_MISS
+        record["fault_told"] = 1
+
+    def _begin(self, vring: Vring) -> None:
+        """As the kernel does when a ring is bound: the used index is the guest's, its flags are ours."""
+        assert vring.place is not None
+        record = vring.place.record
+        raw = load16(int(record["used"]) + 2)
+        used = int.from_bytes(raw.to_bytes(2, "little"), "big") if record["swap"] else raw
+        record["used_idx"] = record["published"] = record["signalled"] = used
+        record["signalled_valid"] = 0
+        if (area := self._device._inflight) is not None:
+            recovered = area.recover(vring.index, vring.num, used, vring.base)
+            if recovered is not None:
+                vring.base = recovered.base
+                heads = np.array([*recovered.heads, 0], np.int64)
+                self._replays[vring.index] = heads
+                record["inflight"] = recovered.address
+                record["replay"] = heads.ctypes.data
+                record["replay_left"] = len(heads) - 1
+        record["last_avail"] = record["seen_avail"] = vring.base
+        store16(int(record["used"]), 0)
+        if record["log_used"]:
+            log_used(record, 0, 2)
+        record["notify"] = 1
+        vring.begun = True
