@@ -57,8 +57,8 @@ class QemuGuest(Guest):
     `kernel` is what to boot (default: `find_kernel()`); `programs` are the host's, taken into the guest if the
     host has them. `reconnect`: seconds after which QEMU dials a back end again that has gone, 0 for never.
     `machine`: QEMU's, with options after commas; `devices`: values of `-device`, before the NICs;
-    `kernel_arguments`: more for the kernel's command line. `incoming`: it does not boot, but waits, paused, for
-    what another one is: see `migration`.
+    `kernel_arguments`: more for the kernel's command line. `movable`: it is to be migrated (see `migration`).
+    `incoming`: it does not boot, but waits, paused, for what another one is.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class QemuGuest(Guest):
         modules: Sequence[str] = ("virtio_pci", "virtio_net"),
         programs: Sequence[str] = ("ethtool", "iperf3"),
         reconnect: int = 0,
+        movable: bool = False,
         incoming: bool = False,
         on_line: LineCallback | None = None,
     ) -> None:
@@ -88,6 +89,10 @@ class QemuGuest(Guest):
         self.devices = list(devices)
         self.kernel = kernel
         self.kernel_arguments = kernel_arguments
+        # QEMU 7.2 that emulates loses pages that the processor wrote just before the end of a migration, where a
+        # memory is a multiple of 64 pages: it looks at its dirty bitmap by words, and leaves the TLB as it is.
+        self.memory_kib = memory_mib * 1024 + (8 if movable else 0)
+        self.movable = movable
         self.incoming = incoming
         self.modules = list(modules)
         self.programs = list(programs)
@@ -140,6 +145,7 @@ class QemuGuest(Guest):
             modules=self.modules,
             programs=self.programs,
             reconnect=self.reconnect,
+            movable=self.movable,
             incoming=True,
         )
 
@@ -222,8 +228,8 @@ class QemuGuest(Guest):
             "-smp",
             str(self.cpus),
         ]
-        argv += ["-m", f"{self.memory_mib}M"]
-        argv += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on"]
+        argv += ["-m", f"{self.memory_kib}K"]
+        argv += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_kib}K,share=on"]
         argv += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
         arguments = "console=ttyS0 panic=-1 quiet loglevel=5 no_timer_check tsc=reliable"
         argv += ["-append", f"{arguments} {self.kernel_arguments}".rstrip()]
