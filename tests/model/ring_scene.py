@@ -89,11 +89,11 @@ class Scene:
             self.memory.append(Guarded(size))
         self.table = np.array(
             [
-                (signed(start), memory.size, memory.address)
+                (signed(start), memory.size, memory.address, signed(start), 3)
                 for start, memory in zip(starts, self.memory, strict=True)
             ],
             dtype=np.int64,
-        ).reshape(-1, 3)
+        ).reshape(-1, 5)
         self.model_memory = model.Memory(
             [
                 model.Region(start, self._view(memory), memory.size)
@@ -128,6 +128,8 @@ class Scene:
             "notify_on_empty": int(self.on_empty),
             "call_fd": self.call if dice.random() < 0.9 else -1,
             "err_fd": -1,
+            "log_fd": -1,
+            "located": 1,
             "running": 1,
             "row": self.row.address,
         }

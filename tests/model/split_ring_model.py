@@ -81,7 +81,9 @@ class Memory:
         return None
 
     def pieces(self, address: int, length: int) -> Iterator[Piece]:
-        """The pieces of a range in order; KeyError at the first byte that is no memory."""
+        """The pieces of a range in order; KeyError at the first byte that is no memory, or if it wraps."""
+        if address % (1 << 64) + length > 1 << 64:
+            raise KeyError(address)
         while length:
             held = self._holder(address)
             if held is None:
@@ -125,6 +127,7 @@ def walk(memory: Memory, content: bytes, num: int, head: int, longest: int) -> C
         raise Fault("HEAD")
     descriptors = 0
     indirect = False
+    behind: tuple[int, int] | None = None
     index = head
     while True:
         # 2.7.5.2: no loops, so no more descriptors than the table has.
@@ -136,9 +139,10 @@ def walk(memory: Memory, content: bytes, num: int, head: int, longest: int) -> C
         except KeyError:
             raise Fault("INDIRECT") from None
         if descriptor.flags & INDIRECT:
-            # 2.7.5.3.1: not in an indirect table, nor together with NEXT; WRITE is ignored.
+            # 2.7.5.3.1: not in an indirect table; WRITE is ignored. A driver must not set NEXT; as on Linux the
+            # chain goes on behind the table then.
             wrong = set()
-            if indirect or descriptor.flags & NEXT:
+            if indirect:
                 wrong.add("INDIRECT")
             count, odd = divmod(descriptor.len, 16)
             if odd or not 0 < count <= LONGEST_TABLE:
@@ -153,21 +157,24 @@ def walk(memory: Memory, content: bytes, num: int, head: int, longest: int) -> C
                     memory.read(descriptor.addr + first.length, 1)
             except KeyError:
                 raise Fault("INDIRECT") from None
+            behind = (descriptor.next, descriptors) if descriptor.flags & NEXT else None
             table = Table(count, None, memory, descriptor.addr)
             indirect = True
             descriptors = index = 0
             continue
         _add(memory, chain, descriptor, longest)
-        if not descriptor.flags & NEXT:
+        if descriptor.flags & NEXT:
+            index = descriptor.next
+        elif behind is not None:
+            table = Table(num, content, memory)
+            (index, descriptors), behind, indirect = behind, None, False
+        else:
             return chain
-        index = descriptor.next
         if index >= table.size:
             raise Fault("NEXT")
 
 
 def _add(memory: Memory, chain: Chain, descriptor: Descriptor, longest: int) -> None:
-    if descriptor.len == 0:
-        raise Fault("LENGTH")
     wrong = set()
     pieces: list[Piece] = []
     try:

@@ -61,7 +61,7 @@ class Bench:
         self.used = Guarded(6 + 8 * num)
         self.batch = Guarded(blocks.BATCH_BYTES)
         self.row = Guarded(8 * len(blocks.COUNTERS))
-        self.table = np.array([(0, self.memory.size, self.memory.address)], dtype=np.int64)
+        self.table = np.array([(0, self.memory.size, self.memory.address, 0, 3)], dtype=np.int64)
         self._ring: Any = np.zeros(1, blocks.RING)
         self.ring = self._ring[0]
         values = {
@@ -73,6 +73,8 @@ class Bench:
             "region_count": 1,
             "call_fd": -1,
             "err_fd": -1,
+            "log_fd": -1,
+            "located": 1,
             "running": 1,
             "row": self.row.address,
         }

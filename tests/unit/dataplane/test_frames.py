@@ -94,7 +94,7 @@ def test_a_header_is_found_in_one_piece(lengths: list[int], size: int) -> None:
     content = bytes(range(1, 65))
     chain, scratch = Pieces(lengths, content), Guarded(size)
     slot = np.array([0, chain.iov, len(lengths), 0, 64, 0], np.int64)
-    at = int(frames.header_at(slot.ctypes.data, size, scratch.address))
+    at = int(frames.header_at(slot.ctypes.data, size, scratch.address, 0))
     assert at == (chain.parts[0].address if lengths[0] >= size else scratch.address)
     found = chain.parts[0].get(0, size) if lengths[0] >= size else scratch.get()
     assert found == content[:size]

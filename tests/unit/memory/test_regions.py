@@ -209,14 +209,14 @@ def test_kernels_read_regions_in_the_order_of_guest_addresses() -> None:
     table = MemoryTable([Mapping(region(guest, size, user), user) for guest, size, user in wanted])
     assert table.block.dtype == np.int64
     assert table.block.flags.c_contiguous
-    rows = [(int(a) % TOP, int(b), int(c)) for a, b, c in table.block]
-    assert rows == sorted(wanted)
+    rows = [tuple(int(number) % TOP for number in row) for row in table.block]
+    assert rows == [(guest, size, user, guest, 3) for guest, size, user in sorted(wanted)]
     assert len(table) == 3
 
 
 def test_an_empty_table_has_no_memory() -> None:
     table = MemoryTable()
-    assert table.block.shape == (0, 3)
+    assert table.block.shape == (0, 5)
     with pytest.raises(OSError, match="none of the 0 regions"):
         table.host_of_user(0, 1)
 

@@ -60,7 +60,6 @@ def test_what_is_always_there(offloads: bool) -> None:
     # Nobody has written these yet.
     for absent in (
         virtio.F_RING_PACKED,
-        virtio.F_ACCESS_PLATFORM,
         abi.F_RSS,
         abi.F_GUEST_USO4,
         abi.F_HOST_USO,

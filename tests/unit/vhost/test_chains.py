@@ -201,7 +201,7 @@ def test_a_fault_stops_the_ring_until_its_next_kick(scene: Scene, caplog: pytest
     ring = scene.queue.ring
     head, answer = scene.ask(b"question")
     honest, slot = ring.desc[head], ring.avail_idx
-    ring.desc.set(head, honest.addr, 0, honest.flags, honest.next)
+    ring.desc.set(head, 1 << 40, honest.len, honest.flags, honest.next)
     for _ in range(2):
         scene.queue.publish()
         scene.queue.kick()

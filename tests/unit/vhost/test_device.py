@@ -157,7 +157,7 @@ def test_a_ring_that_is_wanted_starts_when_it_gets_its_addresses(
             front.device.set_vring_running(index, True)
             front.device.set_vring_running(index, True)
             assert front.device.get_vring_base(index) == queue.ring.used_idx
-            front.set_addr(index, queue)
+            front.set_ring_addr(index, queue)
         echo(driver)
 
 

@@ -101,7 +101,7 @@ LIES = {
     "loop": "2.7.5.2",
     "not in guest memory": "not in guest memory",
     "beyond any address": "addr 0xffffffffffffffff",
-    "len is 0": "len is 0",
+    "len is 0": "less than a header",
     "indirect and next": "2.7.5.3.1",
     "no table": "len 17 is no table",
     "pieces": "more than 1024 pieces",
