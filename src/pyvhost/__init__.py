@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyvhost.net.device import NetDevice
+    from pyvhost.opening import open
     from pyvhost.serving import serve
 
 __version__ = "0.1.0"
 
-__all__ = ["NetDevice", "__version__", "serve"]
+__all__ = ["NetDevice", "__version__", "open", "serve"]
 
-_HOMES = {"NetDevice": "pyvhost.net.device", "serve": "pyvhost.serving"}
+_HOMES = {
+    "NetDevice": "pyvhost.net.device",
+    "open": "pyvhost.opening",
+    "serve": "pyvhost.serving",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,134 @@
+"""Where this vhost answers otherwise than Linux's, and means to: one list, by name, with the reason.
+
+The table in docs/reference/ioctls.md has the same names; a test compares them.
+
+Promises: a difference that nothing here names is a failure. Never: excuses a case as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kernel.replay import Difference
+
+
+def _nothing(found: Difference) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Named:
+    """A difference that is meant. `covers`: whether what a replay found is this one."""
+
+    name: str
+    reason: str
+    covers: Callable[[Difference], bool] = _nothing
+
+
+def _ioctl(found: Difference, *names: str) -> bool:
+    return found.step.get("ioctl", "").removeprefix("VHOST_") in names
+
+
+def _is_child(found: Difference) -> bool:
+    taken = "owner/taken-by-a-child-first" in found.case
+    return (found.step.get("by") == "child" and found.got == "not done") or taken
+
+
+def _is_endian(found: Difference) -> bool:
+    wanted = (found.step.get("result"), found.got)
+    return _ioctl(found, "SET_VRING_ENDIAN", "GET_VRING_ENDIAN") and wanted in (
+        ("ENOTTY", 0),
+        ("ENOTTY", "EINVAL"),
+        ("ENOTTY", "EBUSY"),
+        ("ENOTTY", "EFAULT"),
+    )
+
+
+def _is_newer(found: Difference) -> bool:
+    newer = _ioctl(
+        found, "GET_FEATURES_ARRAY", "SET_FEATURES_ARRAY", "SET_FORK_FROM_OWNER", "GET_FORK_FROM_OWNER"
+    )
+    return bool(newer and found.step.get("result") in ("ENOTTY", "EPERM", "EFAULT"))
+
+
+def _is_worker(found: Difference) -> bool:
+    ours = _ioctl(found, "NEW_WORKER", "FREE_WORKER", "ATTACH_VRING_WORKER", "GET_VRING_WORKER")
+    return ours and found.step.get("result") == "ENOTTY"
+
+
+def _is_thread_name(found: Difference) -> bool:
+    return found.step["op"] == "workers" and found.got == []
+
+
+def _is_second_miss(found: Difference) -> bool:
+    again: bool = found.case.endswith("iotlb/update-answers-only-covering-misses")
+    return again and found.step["op"] == "read" and found.got == "EAGAIN"
+
+
+def _is_file(found: Difference) -> bool:
+    return found.step["op"] in ("lseek 100", "mmap", "pread", "fsync", "ftruncate", "epoll add", "fstat")
+
+
+DIFFERENCES = (
+    Named(
+        "child",
+        "a forked child has a copy of the object and no worker: it may read features, and is refused the rest",
+        _is_child,
+    ),
+    Named(
+        "endian",
+        "VRING_ENDIAN is there: a kernel has it where CONFIG_VHOST_CROSS_ENDIAN_LEGACY is set, and Debian's is not",
+        _is_endian,
+    ),
+    Named(
+        "newer",
+        "FEATURES_ARRAY and FORK_FROM_OWNER are there, as in Linux 6.17; the recorded kernel is older",
+        _is_newer,
+    ),
+    Named(
+        "workers",
+        "NEW_WORKER, FREE_WORKER, ATTACH_VRING_WORKER, GET_VRING_WORKER are there; Linux has them for scsi alone",
+        _is_worker,
+    ),
+    Named(
+        "thread-names",
+        "workers are threads of the process, shared between devices; no kernel thread is called vhost-PID",
+        _is_thread_name,
+    ),
+    Named(
+        "one-miss-an-update",
+        "a ring asks once for each kick that is seen, and once after an UPDATE; Linux may ask more often, as time has it",
+        _is_second_miss,
+    ),
+    Named(
+        "no-file",
+        "what is opened is an object: its descriptor is to be polled, and nothing else",
+        _is_file,
+    ),
+    Named(
+        "num_buffers",
+        "with VERSION_1 and without MRG_RXBUF `num_buffers` is written as 1 (virtio 1.2, 5.1.6.4)",
+    ),
+    Named(
+        "no-spin", "a packet shorter than its header stops the ring with err; Linux's worker tries for ever"
+    ),
+    Named(
+        "no-lost-chain",
+        "a writable or empty descriptor on transmit stops the ring with err; Linux takes the chain and never uses it",
+    ),
+    Named(
+        "unreadable",
+        "a buffer in memory that is not mapped stops the ring with err; Linux's ring stops without a word",
+    ),
+    Named(
+        "eventfd-full",
+        "a call eventfd that blocks and is full holds up the worker; Linux's signal never waits",
+    ),
+    Named("non-blocking", "a tap or packet socket is non-blocking while a ring is bound to it"),
+)
+
+
+def named(found: Difference) -> Named | None:
+    """The difference that is meant, if it is one."""
+    return next((difference for difference in DIFFERENCES if difference.covers(found)), None)

@@ -1,0 +1,55 @@
+"""Every recorded case of the kernel's vhost-net, against `pyvhost.open`: the same answers, but for those named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyvhost
+from kernel import differences, replay, transposed
+from netns import network_namespace
+from pyvhost.vhost.opening import registered
+from requirements import need
+
+CASES = replay.cases("vhost-net") + transposed.for_net()
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "ioctls.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    """Taps and raw sockets, in a network of our own."""
+    need(Path("/dev/net/tun").exists(), "modprobe tun, or give the container /dev/net/tun")
+    with network_namespace():
+        yield
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
+def test_it_answers_as_the_kernel(case: replay.Case) -> None:
+    found = replay.replay(case, pyvhost.open, children=False)
+    assert [str(one) for one in found if differences.named(one) is None] == []
+
+
+def test_which_devices_are_compared() -> None:
+    """A device that can be opened has its cases run: who adds one adds it above."""
+    assert registered() == ["/dev/vhost-net"]
+    assert {case["device"] for case in CASES} == {"vhost-net"}
+
+
+def test_every_difference_that_covers_steps_is_found_in_some() -> None:
+    """A name that excuses nothing is to go."""
+    used = set()
+    for case in CASES:
+        for found in replay.replay(case, pyvhost.open, children=False):
+            difference = differences.named(found)
+            if difference is not None:
+                used.add(difference.name)
+    covering = {one.name for one in differences.DIFFERENCES if one.covers is not differences._nothing}
+    assert used == covering
+
+
+def test_the_documentation_has_the_same_names() -> None:
+    rows = re.findall(r"^\| `([a-z_-]+)` \|", TABLE.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(one.name for one in differences.DIFFERENCES)
