@@ -19,10 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from pyvhost.driver.dirty_log import DirtyLog as DriversLog
+from pyvhost.driver.iommu import Miss
 from pyvhost.driver.memory import MIB, Region, Span
 from pyvhost.driver.net import NetDriver
 from pyvhost.driver.queue import Queue
 from pyvhost.host.poller import Poller
+from pyvhost.memory.dirty_log import DirtyLog
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.device import Device
 from pyvhost.vhost.errors import VhostError
@@ -46,7 +49,7 @@ def handed_over(region: Region, **changes: int) -> MemoryRegion:
 
 
 class FrontEnd:
-    """`pyvhost.driver.front_end.FrontEnd`, by method calls."""
+    """`driver.front_end.LogFrontEnd` and `driver.iommu.IotlbFrontEnd`, by method calls."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -64,16 +67,16 @@ class FrontEnd:
     def get_queue_num(self) -> int:
         return self.device.queue_num
 
-    def set_addr(self, index: int, queue: Queue) -> None:
-        memory, layout = queue.ring.memory, queue.ring.layout
-        desc, used, avail = (memory.user_address(part) for part in (layout.desc, layout.used, layout.avail))
-        self.device.set_vring_addr(index, 0, desc, used, avail, 0)
+    def set_ring_addr(self, index: int, queue: Queue, *, log: bool = False) -> None:
+        at, log_at = queue.ring.addresses, queue.ring.layout.used if log else 0
+        self.device.set_vring_addr(index, int(log), at.desc, at.used, at.avail, log_at)
 
     def set_up_ring(self, index: int, queue: Queue, base: int | None = None) -> None:
         """All but to let it run."""
         self.device.set_vring_num(index, queue.ring.size)
         self.device.set_vring_base(index, queue.ring.used_idx if base is None else base)
-        self.set_addr(index, queue)
+        self.set_ring_addr(index, queue)
+        self.device.set_vring_endian(index, int(queue.ring.byteorder == "big"))
         self.device.set_vring_call(index, os.dup(queue.call_fd))
         self.device.set_vring_err(index, os.dup(queue.err_fd))
         self.device.set_vring_kick(index, os.dup(queue.kick_fd))
@@ -93,6 +96,28 @@ class FrontEnd:
 
     def fileno(self) -> int:
         return -1
+
+    def change_features(self, features: int) -> None:
+        self.device.set_features(features)
+
+    def set_log(self, log: DriversLog) -> None:
+        self.device.set_log_base(DirtyLog(log.address, log.size))
+
+    def set_log_fd(self, fd: int) -> None:
+        self.device.set_log_fd(os.dup(fd) if fd >= 0 else -1)
+
+    def iotlb_fileno(self) -> int:
+        return self.device.iotlb_fd
+
+    def take_miss(self) -> Miss | None:
+        miss = self.device.take_iotlb_miss()
+        return None if miss is None else Miss(miss.iova, miss.perm)
+
+    def iotlb_update(self, iova: int, size: int, uaddr: int, perm: int) -> None:
+        self.device.iotlb_update(iova, size, uaddr, perm)
+
+    def iotlb_invalidate(self, iova: int, size: int) -> None:
+        self.device.iotlb_invalidate(iova, size)
 
 
 @contextmanager
