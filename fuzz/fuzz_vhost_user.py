@@ -1,4 +1,5 @@
-"""Fuzzes the vhost-user decoder and the back end's session: recorded conversations, mutated.
+"""Fuzzes the vhost-user decoder and the back end's session: recorded conversations, mutated, and two made up
+that log, translate and come back.
 
     python fuzz/fuzz_vhost_user.py --seconds 60 --seed 1            stops by itself; 1 on a finding
     python fuzz/fuzz_vhost_user.py --seed 1 --only 4711             one run again, with every message shown
@@ -28,20 +29,31 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from pyvhost.abi import vhost_user as abi
-from pyvhost.abi.vhost_user import Request
+from pyvhost.abi.vhost_user import BackendRequest, Request
 from pyvhost.host import fds as host_fds
 from pyvhost.host.poller import Poller
 from pyvhost.vhost_user.backend import BackendSession, SessionError
-from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one
+from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.describe import describe
 from pyvhost.vhost_user.offer import PROTOCOL_FEATURES
-from pyvhost.vhost_user.payloads import CodecError, MemReg, MemTable
-from recording_device import InertDevice, RecordingDevice, conversation, conversations, open_fds
+from pyvhost.vhost_user.payloads import (
+    U64,
+    CodecError,
+    Inflight,
+    Iotlb,
+    Log,
+    MemReg,
+    MemTable,
+    VringState,
+)
+from recording_device import FEATURES, InertDevice, RecordingDevice, conversation, conversations, open_fds
 
 HANG_SECONDS = 10
 GROWTH_LIMIT = 64 << 20
 ODD = (0, 1, 2, 3, 7, 8, 255, 256, 509, 0x7FFF, 0x8000, 0xFFFF, 1 << 31, (1 << 32) - 1)
 ODD64 = (*ODD, 4096, 1 << 40, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
+
+LOG_ALL, ACCESS_PLATFORM = 1 << 26, 1 << 33
 
 Said = tuple[bytes, int]
 
@@ -59,10 +71,60 @@ def alarm(number: int, frame: FrameType | None) -> None:
 
 def seeds() -> list[list[Said]]:
     """What each recorded front end said on the main socket, with no protocol feature but those offered here."""
-    return [
+    recorded = [
         [(offered(m.data), m.fds) for m in conversation(name) if m.front and not m.backend_channel]
         for name in conversations()
     ]
+    return [*recorded, *made_up(recorded)]
+
+
+def made_up(recorded: list[list[Said]]) -> list[list[Said]]:
+    """What no recorded front end says: a migration with inflight memory, and an IOMMU."""
+    setup = recorded[conversations().index("qemu-7.2")]
+    addresses = [said for said in setup if request_of(said[0]) == Request.SET_VRING_ADDR]
+    logged = [(with_flag(data), fds) for data, fds in addresses]
+    features = next(said for said in setup if request_of(said[0]) == Request.SET_FEATURES)
+    with_log = (encode(Request.SET_FEATURES, U64(number_of(features[0]) | LOG_ALL)), 0)
+    translated = (encode(Request.SET_FEATURES, U64(number_of(features[0]) | ACCESS_PLATFORM)), 0)
+    migration: list[Said] = [
+        (encode(Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES)), 0),
+        (encode(Request.GET_INFLIGHT_FD, Inflight(0, 0, 2, 256)), 0),
+        (encode(Request.SET_INFLIGHT_FD, Inflight(1 << 14, 0, 2, 256)), 1),
+        *((encode(Request.SET_VRING_ENDIAN, VringState(index, index)), 0) for index in (0, 1)),
+        *setup,
+        (encode(Request.SET_LOG_BASE, Log(1 << 16, 0)), 1),
+        (encode(Request.SET_LOG_FD), 1),
+        with_log,
+        *logged,
+        features,
+        *addresses,
+        *((encode(Request.GET_VRING_BASE_SKIP_DRAIN, VringState(index, 0)), 0) for index in (0, 1)),
+    ]
+    update = Iotlb(0x1000, 0x10000, 0x7F0000000000, 3, 2)
+    iommu: list[Said] = [
+        (encode(Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES)), 0),
+        (encode(Request.SET_BACKEND_REQ_FD), 1),
+        *setup,
+        translated,
+        *addresses,
+        (encode(Request.IOTLB_MSG, update), 0),
+        (encode(Request.IOTLB_MSG, Iotlb(0x1000, 0x1000, 0, 0, 3)), 0),
+        (encode(Request.IOTLB_MSG, Iotlb(0, (1 << 64) - 1, 0, 0, 3)), 0),
+    ]
+    return [migration, iommu]
+
+
+def request_of(data: bytes) -> int:
+    return int.from_bytes(data[:4], "little")
+
+
+def number_of(data: bytes) -> int:
+    return int.from_bytes(data[12:20], "little")
+
+
+def with_flag(data: bytes) -> bytes:
+    """SET_VRING_ADDR with VRING_F_LOG."""
+    return data[:16] + b"\1" + data[17:]
 
 
 def offered(data: bytes) -> bytes:
@@ -121,6 +183,11 @@ def descriptor(rng: random.Random, data: bytes) -> int:
         fits = rng.random() < 0.9
         os.ftruncate(fd, file_size(data) if fits else rng.choice((0, 4096, 1 << 20, 1 << 27)))
         return fd
+    if request in (Request.SET_LOG_BASE, Request.SET_INFLIGHT_FD) and kind < 58:
+        fd = os.memfd_create("fuzz", os.MFD_CLOEXEC)
+        os.ftruncate(fd, rng.choice((0, 4096, 1 << 14, 1 << 16, 1 << 20, 1 << 20, 1 << 20)))
+        os.pwrite(fd, rng.randbytes(64), 0)
+        return fd
     if request == Request.SET_BACKEND_REQ_FD and kind < 58:
         ours, theirs = socket.socketpair()
         ours.close()
@@ -153,14 +220,16 @@ def check(session: BackendSession) -> None:
     """What holds after every message."""
     for ring in session.rings:
         assert ring.running == (ring.started and ring.enabled), f"{ring}"
-    assert len(session.backend_output) <= 12
+    assert len(session.backend_output) in (0, 12, 44)
 
 
 def one_run(seed: int, number: int, conversations: list[list[Said]], show: bool) -> None:
     """One conversation, from its connection to its end."""
     rng = random.Random(f"{seed}:{number}")
     said = mutate(rng, rng.choice(conversations), conversations)
-    device: Any = InertDevice() if number % 2 else RecordingDevice()
+    device: Any = (
+        InertDevice() if number % 2 else RecordingDevice(features=FEATURES | LOG_ALL | ACCESS_PLATFORM)
+    )
     device.attach(POLLER)
     session = BackendSession(device)
     decoder = Decoder(Stream.REQUEST)
@@ -176,9 +245,15 @@ def one_run(seed: int, number: int, conversations: list[list[Said]], show: bool)
                 device.config_changed()
             if memory_files and rng.random() < 0.05:
                 shrink(rng.choice(memory_files))
+            if rng.random() < 0.1 and isinstance(device, RecordingDevice):
+                device.miss(rng.randrange(8), rng.choice(ODD64), rng.choice((1, 2)))
             if rng.random() < 0.2:
                 session.backend_output.clear()
                 session.announce()
+            if rng.random() < 0.1:
+                request = rng.choice([*BackendRequest][1:3])
+                answer = encode(request, U64(rng.choice(ODD64)), flags=abi.FLAG_REPLY)
+                session.receive_backend_reply(decode_one(Stream.BACKEND_REPLY, answer))
         decoder.end()
     except (CodecError, SessionError) as fault:
         if show:
@@ -210,7 +285,8 @@ def feed(
         if show:
             print(text)
         for reply in session.receive(message):
-            answer = decode_one(Stream.REPLY, reply)
+            answer = decode_one(Stream.REPLY, reply.data)
+            reply.fds.close()
             assert answer.flags == abi.VERSION | abi.FLAG_REPLY
             if show:
                 print(describe(answer, 1))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
 from pyvhost.vhost_user.backend import BackendSession
-from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
+from pyvhost.vhost_user.codec import Decoder, Fds, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.payloads import U64, Payload, VringFile, VringState
 from pyvhost.vhost_user.server import Server
 from recording_device import FEATURES, RecordingDevice, spare_fd
@@ -23,6 +23,8 @@ class Talk:
     def __init__(self, device: RecordingDevice) -> None:
         self.device = device
         self.session = BackendSession(device)
+        #: What rode with the last answer to `say`; whoever takes it closes it.
+        self.answer_fds = Fds()
 
     def raw(self, data: bytes, fds: list[int] | None = None) -> list[Message]:
         decoder = Decoder(Stream.REQUEST)
@@ -30,7 +32,12 @@ class Talk:
         if message is None:
             message = decoder.feed(data[12:])
         assert message is not None
-        return [decode_one(Stream.REPLY, answer) for answer in self.session.receive(message)]
+        answers = []
+        for reply in self.session.receive(message):
+            answer = decode_one(Stream.REPLY, reply.data)
+            answer.fds = reply.fds
+            answers.append(answer)
+        return answers
 
     def say(
         self,
@@ -46,6 +53,7 @@ class Talk:
         if not answers:
             return "silence"
         (answer,) = answers
+        self.answer_fds, answer.fds = answer.fds, Fds()
         assert answer.request == request
         assert answer.flags == abi.VERSION | abi.FLAG_REPLY, "UML wants exactly this"
         return answer.payload

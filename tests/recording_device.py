@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from pyvhost.abi import vhost, virtio
 from pyvhost.dataplane import blocks
 from pyvhost.host.fds import close_all
 from pyvhost.host.poller import Poller
+from pyvhost.memory.dirty_log import DirtyLog
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.device import Device
 from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.inflight import Inflight
+from pyvhost.vhost.misses import IotlbMiss
 from pyvhost.vhost.vring import Place, Vring
 
 DATA = Path(__file__).parent / "unit" / "vhost_user" / "data"
@@ -56,6 +61,10 @@ class RecordingDevice:
         self.running: dict[int, bool] = {}
         self.bases: dict[int, int] = {}
         self.resets = 0
+        self.log: DirtyLog | None = None
+        self.misses: deque[IotlbMiss] = deque()
+        #: An eventfd if somebody is to poll for misses.
+        self.iotlb_fd = -1
         self._fds: list[int] = []
 
     def _record(self, name: str, *arguments: Any) -> None:
@@ -82,6 +91,9 @@ class RecordingDevice:
         self._record("reset")
         self.resets += 1
         self.running.clear()
+        if self.log is not None:
+            self.log.close()
+            self.log = None
         close_all(self._fds)
         self._fds.clear()
 
@@ -136,6 +148,48 @@ class RecordingDevice:
         assert self.running.get(index, False) != running, "told what it was told already"
         self.running[index] = running
 
+    def set_vring_endian(self, index: int, num: int, /) -> None:
+        self._record("set_vring_endian", index, num)
+
+    def set_log_base(self, log: DirtyLog | None, /) -> None:
+        if self.log is not None:
+            self.log.close()
+        self.log = log
+        self._record("set_log_base", log)
+
+    def set_log_fd(self, fd: int, /) -> None:
+        if fd >= 0:
+            self._fds.append(fd)
+        self._record("set_log_fd", fd)
+
+    def iotlb_update(self, iova: int, size: int, uaddr: int, perm: int, /) -> None:
+        self._record("iotlb_update", iova, size, uaddr, perm)
+
+    def iotlb_invalidate(self, iova: int, size: int, /) -> None:
+        self._record("iotlb_invalidate", iova, size)
+
+    def miss(self, index: int, iova: int, perm: int) -> None:
+        """A vring misses an address."""
+        self.misses.append(IotlbMiss(index, iova, perm))
+        if self.iotlb_fd >= 0:
+            os.eventfd_write(self.iotlb_fd, 1)
+
+    def take_iotlb_miss(self) -> IotlbMiss | None:
+        if not self.misses:
+            return None
+        miss = self.misses.popleft()
+        if self.iotlb_fd >= 0 and not self.misses:
+            os.eventfd_read(self.iotlb_fd)
+        return miss
+
+    def make_inflight(self, num_queues: int, queue_size: int, /) -> Inflight:
+        self._record("make_inflight", num_queues, queue_size)
+        return Inflight(spare_fd(), 4096, 0, num_queues, queue_size)
+
+    def set_inflight(self, region: Inflight, /) -> None:
+        self._fds.append(region.fd)
+        self._record("set_inflight", region)
+
     def get_config(self, offset: int, size: int, /) -> bytes:
         self._record("get_config", offset, size)
         return self.config[offset : offset + size]
@@ -155,6 +209,7 @@ class InertPlace:
 
     def __init__(self) -> None:
         self.record: Any = np.zeros(1, blocks.RING)[0]
+        self.on_wait: Callable[[], None] | None = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -162,6 +217,8 @@ class InertPlace:
 
     def begin(self, vring: Vring) -> None: ...
     def end(self, vring: Vring) -> None: ...
+    def look(self) -> None: ...
+    def poll_for(self, vring: Vring) -> None: ...
 
 
 class InertDevice(Device):
@@ -176,7 +233,7 @@ class InertDevice(Device):
 
     @property
     def features(self) -> int:
-        return FEATURES
+        return FEATURES | 1 << vhost.F_LOG_ALL | 1 << virtio.F_ACCESS_PLATFORM
 
     def place_of(self, index: int) -> Place:
         return self.places[index]

@@ -115,7 +115,11 @@ def deliver(session: BackendSession, data: bytes, fds: list[int]) -> list[bytes]
     decoder = Decoder(Stream.REQUEST)
     message = decoder.feed(data[:12], fds) or decoder.feed(data[12:])
     assert message is not None
-    return session.receive(message)
+    replies = []
+    for reply in session.receive(message):
+        reply.fds.close()
+        replies.append(reply.data)
+    return replies
 
 
 @given(st.lists(steps, max_size=40))

@@ -17,6 +17,8 @@ Left to the peers' practice where the specification leaves room, and seen on the
   SET_VRING_ENABLE. (The specification would have a net device throw away what is sent meanwhile.)
 - While all rings are stopped the front end is told nothing ("Suspended device state"): a change of the
   configuration space is announced when a ring starts.
+- ACCESS_PLATFORM is offered once BACKEND_REQ is negotiated, since misses can't be asked without: QEMU asks for
+  the features again then, UML, whose guests would acknowledge the feature and then fail, does not.
 """
 
 from __future__ import annotations
@@ -27,33 +29,31 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi import virtio
-from pyvhost.abi.vhost_user import BackendRequest, Request
+from pyvhost.abi.vhost_user import Request
 from pyvhost.host.fds import close
-from pyvhost.memory.regions import MemoryRegion
-from pyvhost.vhost_user import describe
-from pyvhost.vhost_user.codec import Message, Stream, encode
+from pyvhost.vhost_user import describe, requests
+from pyvhost.vhost_user.codec import Fds, Message, Stream, encode
 from pyvhost.vhost_user.device import Device
 from pyvhost.vhost_user.hints import SHARE_IT, Progress
-from pyvhost.vhost_user.offer import NOT_OFFERED, PROTOCOL_FEATURES
+from pyvhost.vhost_user.offer import NEEDS, NOT_OFFERED, PROTOCOL_FEATURES
+from pyvhost.vhost_user.outbox import Outbox
 from pyvhost.vhost_user.payloads import (
     ALWAYS_ANSWERED,
     ANSWERED_WITH_RESULT,
     U64,
-    Config,
-    MemReg,
-    MemTable,
+    Inflight,
     Payload,
     Raw,
-    Region,
-    VringAddr,
-    VringFile,
     VringState,
 )
+from pyvhost.vhost_user.requests import Answer, WithFd, state_of, value_of
 
 _BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
+_ACCESS_PLATFORM = 1 << virtio.F_ACCESS_PLATFORM
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,13 @@ LOST_MEMORY = "its memory file became smaller than what it shared of it; the gue
 
 class SessionError(Exception):
     """The connection can't go on; the text is for the log."""
+
+
+class Reply(NamedTuple):
+    """What to send back: bytes, and the descriptors that ride with the first of them."""
+
+    data: bytes
+    fds: Fds
 
 
 @dataclass(slots=True)
@@ -89,21 +96,19 @@ class BackendSession:
         self.status = 0
         #: How far it came: what the log says when it leaves.
         self.progress = Progress()
-        #: Bytes to send on the socket of SET_BACKEND_REQ_FD; who sends them deletes them, and calls `announce`.
-        self.backend_output = bytearray()
         #: Called when `backend_output` got something outside of `receive`.
         self.on_backend_output: Callable[[], None] | None = None
+        self._outbox = Outbox(device, label)
+        self._features = 0
         self._owned = False
         self._features_refused = False
         self._channel_fd = -1
-        self._channel_open = False
-        self._config_news = False
-        self._awaits_ack = False
+        self._told_no_channel = False
         self._closed = False
         device.config_changed = self.config_changed
 
-    def receive(self, message: Message) -> list[bytes]:
-        """Do what a front end's request asks; the replies to send, in order.
+    def receive(self, message: Message) -> list[Reply]:
+        """Do what a front end's request asks; the replies to send, in order, with descriptors to close.
 
         The message's descriptors are the session's from here on. SessionError: the connection must end (and
         `close` be called).
@@ -113,23 +118,23 @@ class BackendSession:
         with message.fds:
             self.progress.saw(message.request)
             answer = self._obey(message)
+        payload, fds = (answer.payload, Fds([answer.fd])) if isinstance(answer, WithFd) else (answer, Fds())
         if self.device.lost_memory:
+            fds.close()
             raise SessionError(LOST_MEMORY)
         self.announce()
-        if answer is None and message.need_reply and self._has(abi.PROTOCOL_F_REPLY_ACK):
-            answer = U64(0)
-        if answer is None:
+        if payload is None and message.need_reply and self._has(abi.PROTOCOL_F_REPLY_ACK):
+            payload = U64(0)
+        if payload is None:
             return []
-        return [encode(message.request, answer, flags=abi.FLAG_REPLY)]
+        return [Reply(encode(message.request, payload, flags=abi.FLAG_REPLY), fds)]
 
     def receive_backend_reply(self, message: Message) -> None:
         """The front end's answer to a request of the back end's own."""
         if message.stream is not Stream.BACKEND_REPLY:
             raise ValueError(f"{message.stream.value} is not the stream of answers to the back end")
         with message.fds:
-            self._awaits_ack = False
-            if isinstance(message.payload, U64) and message.payload.value:
-                _log.warning("%s: it refused %s (%d)", self.label, message.name, message.payload.value)
+            self._outbox.answered(message)
         self.announce()
 
     def take_backend_fd(self) -> int:
@@ -139,9 +144,18 @@ class BackendSession:
 
     def backend_channel_closed(self) -> None:
         """Nobody listens on the socket of SET_BACKEND_REQ_FD any more."""
-        self._channel_open = False
-        self._awaits_ack = False
-        self.backend_output.clear()
+        self._outbox.closed()
+        self._look_for_channel()
+
+    @property
+    def backend_output(self) -> bytearray:
+        """Bytes to send on the socket of SET_BACKEND_REQ_FD; who sends them deletes them, and calls `announce`."""
+        return self._outbox.output
+
+    @property
+    def takes_misses(self) -> bool:
+        """Whether a miss of the device's IOTLB would be told now: when `announce` is worth calling for one."""
+        return self._misses_matter and self._outbox.takes_misses(self.protocol_features)
 
     def close(self) -> None:
         """The front end is gone: the device is as new. Nothing happens the second time."""
@@ -156,16 +170,20 @@ class BackendSession:
 
     # --- what a message comes to ---------------------------------------------------------------------
 
-    def _obey(self, message: Message) -> Payload | None:
+    def _obey(self, message: Message) -> Answer:
         try:
             handler = _HANDLERS.get(message.request)
-            if handler is None:
+            direct = requests.HANDLERS.get(message.request)
+            if handler is None and direct is None:
                 raise _unsupported(message)
             if not self._owned:
                 # Its connection makes a front end the owner; not every one says SET_OWNER, some say it twice.
                 self.device.set_owner()
                 self._owned = True
-            return handler(self, message)
+            if handler is not None:
+                return handler(self, message)
+            assert direct is not None
+            return direct(self.device, message)
         except OSError as error:
             fault = error.strerror or str(error)
             text = f"{describe.summary(message, self.device.virtio_id)}: {fault}"
@@ -181,10 +199,13 @@ class BackendSession:
     def _refusal(self, message: Message, error: OSError) -> Payload | None:
         """What tells the front end that its request failed; None: it can't be told."""
         number = error.errno or errno.EINVAL
-        if message.request in ALWAYS_ANSWERED:
+        if message.request in ALWAYS_ANSWERED or self._answers_log_base(message):
             # need_reply means nothing here, and most of these answers have no way to say no.
             if message.request == Request.GET_CONFIG:
                 return _REFUSED
+            if message.request == Request.GET_INFLIGHT_FD and isinstance(message.payload, Inflight):
+                # No size and no descriptor: QEMU then does without, others see that it failed.
+                return Inflight(0, 0, message.payload.num_queues, message.payload.queue_size)
             if message.request == Request.SET_DEVICE_STATE_FD:
                 return U64(number & abi.DEVICE_STATE_ERROR_MASK | abi.DEVICE_STATE_NOFD_MASK)
             return U64(number) if message.request in ANSWERED_WITH_RESULT else None
@@ -194,12 +215,20 @@ class BackendSession:
     def _has(self, bit: int) -> bool:
         return bool(self.protocol_features >> bit & 1)
 
+    def _answers_log_base(self, message: Message) -> bool:
+        return message.request == Request.SET_LOG_BASE and self._has(abi.PROTOCOL_F_LOG_SHMFD)
+
     def _ring(self, index: int) -> Ring:
-        if index >= len(self.rings):
-            raise OSError(
-                errno.ENOBUFS, f"there is no vring {index}: this device has {len(self.rings)}, from 0"
-            )
-        return self.rings[index]
+        return self.rings[requests.ring_of(self.device, index)]
+
+    @property
+    def _suspended(self) -> bool:
+        return not any(ring.started for ring in self.rings)
+
+    @property
+    def _misses_matter(self) -> bool:
+        """Whether addresses are translated, and a ring may have one that is not known."""
+        return bool(self._features & _ACCESS_PLATFORM) and not self._suspended
 
     def _set_state(self, ring: Ring, *, started: bool | None = None, enabled: bool | None = None) -> None:
         """Set one state or both, and have the device follow; if it can't, they stay as they were."""
@@ -216,6 +245,19 @@ class BackendSession:
                 ring.started, ring.enabled = before
                 raise
             ring.running = run
+            self._look_for_channel()
+
+    def _look_for_channel(self) -> None:
+        """Say it, once, if rings run whose misses can't be told anybody."""
+        if self._told_no_channel or self._outbox.open or self._closed:
+            return
+        if self._features & _ACCESS_PLATFORM and any(ring.running for ring in self.rings):
+            self._told_no_channel = True
+            _log.error(
+                "%s: it acknowledged ACCESS_PLATFORM, and there is no socket (SET_BACKEND_REQ_FD) to ask it for"
+                " translations: vrings wait for what it does not send by itself",
+                self.label,
+            )
 
     # --- owner, features, status -----------------------------------------------------------------------
 
@@ -227,13 +269,18 @@ class BackendSession:
             self._set_state(ring, enabled=False)
 
     def _get_features(self, message: Message) -> Payload:
-        return U64(self.device.features | _BIT_30)
+        bits = self.device.features
+        if not self._has(abi.PROTOCOL_F_BACKEND_REQ):
+            bits &= ~_ACCESS_PLATFORM
+        return U64(bits | _BIT_30)
 
     def _set_features(self, message: Message) -> None:
-        bits = _value(message)
+        bits = value_of(message)
         self._features_refused = True
         self.device.set_features(bits & ~_BIT_30)
         self._features_refused = False
+        self._features = bits
+        self._look_for_channel()
         if not bits & _BIT_30:
             # Such a front end knows nothing of SET_VRING_ENABLE. With bit 30 no ring changes its state:
             # SET_FEATURES comes again while rings run, to switch the dirty log on and off.
@@ -244,20 +291,25 @@ class BackendSession:
         return U64(PROTOCOL_FEATURES)
 
     def _set_protocol_features(self, message: Message) -> None:
-        bits = _value(message)
+        bits = value_of(message)
         odd = bits & ~PROTOCOL_FEATURES
         if odd:
             raise OSError(errno.EOPNOTSUPP, f"not offered: {describe.protocol_features(odd)}")
+        for bit, needed in NEEDS.items():
+            lacking = needed & ~bits
+            if bits >> bit & 1 and lacking:
+                raise OSError(
+                    errno.EINVAL,
+                    f"{describe.protocol_features(1 << bit)} is nothing without"
+                    f" {describe.protocol_features(lacking)}",
+                )
         self.protocol_features = bits
-
-    def _get_queue_num(self, message: Message) -> Payload:
-        return U64(self.device.queue_num)
 
     def _get_status(self, message: Message) -> Payload:
         return U64(self.status)
 
     def _set_status(self, message: Message) -> None:
-        value = _value(message)
+        value = value_of(message)
         if value > 0xFF:
             raise OSError(errno.EINVAL, f"a device status has 8 bits, not {value:#x}")
         if value == 0:
@@ -273,104 +325,30 @@ class BackendSession:
         for ring in self.rings:
             self.device.set_vring_base(ring.index, 0)
         self.device.set_features(0)
+        self._features = 0
         self.status = 0
         self._features_refused = False
 
-    # --- memory ----------------------------------------------------------------------------------------
-
-    def _set_mem_table(self, message: Message) -> None:
-        assert isinstance(message.payload, MemTable)
-        self.device.set_mem_table(
-            [_region(piece, message.fds.take(i)) for i, piece in enumerate(message.payload.regions)]
-        )
-
-    def _get_max_mem_slots(self, message: Message) -> Payload:
-        return U64(self.device.max_mem_slots)
-
-    def _add_mem_reg(self, message: Message) -> None:
-        assert isinstance(message.payload, MemReg)
-        self.device.add_mem_region(_region(message.payload.region, message.fds.take()))
-
-    def _rem_mem_reg(self, message: Message) -> None:
-        assert isinstance(message.payload, MemReg)
-        self.device.remove_mem_region(_region(message.payload.region, -1))
-
     # --- rings -----------------------------------------------------------------------------------------
 
-    def _set_vring_num(self, message: Message) -> None:
-        state = _state(message)
-        self.device.set_vring_num(self._ring(state.index).index, state.num)
-
-    def _set_vring_base(self, message: Message) -> None:
-        state = _state(message)
-        self.device.set_vring_base(self._ring(state.index).index, state.num)
-
     def _get_vring_base(self, message: Message) -> Payload:
-        ring = self._ring(_state(message).index)
+        """Also GET_VRING_BASE_SKIP_DRAIN: a vring that rests has nothing in flight that it would have to wait for."""
+        ring = self._ring(state_of(message).index)
         self._set_state(ring, started=False)
         return VringState(ring.index, self.device.get_vring_base(ring.index))
 
-    def _set_vring_addr(self, message: Message) -> None:
-        addr = message.payload
-        assert isinstance(addr, VringAddr)
-        self.device.set_vring_addr(
-            self._ring(addr.index).index,
-            addr.flags,
-            addr.desc_user_addr,
-            addr.used_user_addr,
-            addr.avail_user_addr,
-            addr.log_guest_addr,
-        )
-
     def _set_vring_kick(self, message: Message) -> None:
-        ring, fd = self._file(message)
-        self.device.set_vring_kick(ring.index, fd)
-        self._set_state(ring, started=True)
-
-    def _set_vring_call(self, message: Message) -> None:
-        ring, fd = self._file(message)
-        self.device.set_vring_call(ring.index, fd)
-
-    def _set_vring_err(self, message: Message) -> None:
-        ring, fd = self._file(message)
-        self.device.set_vring_err(ring.index, fd)
-
-    def _file(self, message: Message) -> tuple[Ring, int]:
-        """The ring that a descriptor is for, and the descriptor, now the caller's; -1: there is none."""
-        assert isinstance(message.payload, VringFile)
-        ring = self._ring(message.payload.index)
-        return ring, -1 if message.payload.no_fd else message.fds.take()
+        index, fd = requests.file_of(self.device, message)
+        self.device.set_vring_kick(index, fd)
+        self._set_state(self.rings[index], started=True)
 
     def _set_vring_enable(self, message: Message) -> None:
-        state = _state(message)
+        state = state_of(message)
         if state.num not in (0, 1):
             raise OSError(
                 errno.EINVAL, f"vring {state.index}: num is {state.num}, expected 0 (off) or 1 (on)"
             )
         self._set_state(self._ring(state.index), enabled=bool(state.num))
-
-    # --- the device's own ------------------------------------------------------------------------------
-
-    def _get_config(self, message: Message) -> Payload:
-        asked = message.payload
-        assert isinstance(asked, Config)
-        if not asked.size:
-            raise OSError(errno.EINVAL, "it asks for 0 bytes")
-        data = self.device.get_config(asked.offset, asked.size)
-        # A newer front end may know more fields than the device has: they read as zero, and the reply is as
-        # long as the request, which it must be.
-        return Config(asked.offset, asked.flags, data[: asked.size].ljust(asked.size, b"\0"))
-
-    def _set_config(self, message: Message) -> None:
-        asked = message.payload
-        assert isinstance(asked, Config)
-        self.device.set_config(asked.offset, asked.data, asked.flags)
-
-    def _send_rarp(self, message: Message) -> None:
-        self.device.send_rarp(U64(_value(message)).pack()[:6])
-
-    def _net_set_mtu(self, message: Message) -> None:
-        self.device.set_mtu(_value(message))
 
     # --- the back end's own requests -------------------------------------------------------------------
 
@@ -380,48 +358,32 @@ class BackendSession:
             raise OSError(errno.ENOTSOCK, f"descriptor {fd} is not a socket")
         close(self.take_backend_fd())
         self._channel_fd = message.fds.take()
-        self._channel_open = True
-        self._awaits_ack = False
-        self.backend_output.clear()
+        self._outbox.opened()
 
     def config_changed(self) -> None:
         """The device's configuration space has changed; the front end hears of it as soon as it may."""
         if self._closed:
             return
-        self._config_news = True
+        self._outbox.config_changed()
         self.announce()
         if self.backend_output and self.on_backend_output is not None:
             self.on_backend_output()
 
     def announce(self) -> None:
-        """Put CONFIG_CHANGE_MSG into `backend_output` if there is such news and it may be told now."""
-        if not (self._config_news and self._channel_open and self._has(abi.PROTOCOL_F_CONFIG)):
-            return
-        # One at a time: a front end that is slow to read or to answer hears of all later changes at once.
-        if self.backend_output or self._awaits_ack or not any(ring.started for ring in self.rings):
-            return
-        self._config_news = False
-        self._awaits_ack = self._has(abi.PROTOCOL_F_REPLY_ACK)
-        flags = abi.FLAG_NEED_REPLY if self._awaits_ack else 0
-        self.backend_output += encode(BackendRequest.CONFIG_CHANGE_MSG, flags=flags)
+        """Put the next message into `backend_output`, if there is one and it may be told now."""
+        if not self._suspended:
+            self._outbox.fill(self.protocol_features, iotlb=self._misses_matter)
+
+    # --- the dirty log ---------------------------------------------------------------------------------
+
+    def _set_log_base(self, message: Message) -> Payload:
+        if not self._has(abi.PROTOCOL_F_LOG_SHMFD):
+            raise OSError(errno.EOPNOTSUPP, "without LOG_SHMFD the log can't be reached")
+        return requests.set_log_base(self.device, message)
 
 
 #: A reply without payload: how GET_CONFIG is refused [GET_CONFIG].
 _REFUSED = Raw(b"")
-
-
-def _value(message: Message) -> int:
-    assert isinstance(message.payload, U64)
-    return message.payload.value
-
-
-def _state(message: Message) -> VringState:
-    assert isinstance(message.payload, VringState)
-    return message.payload
-
-
-def _region(piece: Region, fd: int) -> MemoryRegion:
-    return MemoryRegion(piece.guest_phys_addr, piece.memory_size, piece.userspace_addr, piece.mmap_offset, fd)
 
 
 def _unsupported(message: Message) -> OSError:
@@ -437,27 +399,15 @@ _HANDLERS: dict[int, Callable[[BackendSession, Message], Payload | None]] = {
     Request.SET_FEATURES: _S._set_features,
     Request.SET_OWNER: _S._set_owner,
     Request.RESET_OWNER: _S._reset_owner,
-    Request.SET_MEM_TABLE: _S._set_mem_table,
-    Request.SET_VRING_NUM: _S._set_vring_num,
-    Request.SET_VRING_ADDR: _S._set_vring_addr,
-    Request.SET_VRING_BASE: _S._set_vring_base,
+    Request.SET_LOG_BASE: _S._set_log_base,
     Request.GET_VRING_BASE: _S._get_vring_base,
+    Request.GET_VRING_BASE_SKIP_DRAIN: _S._get_vring_base,
     Request.SET_VRING_KICK: _S._set_vring_kick,
-    Request.SET_VRING_CALL: _S._set_vring_call,
-    Request.SET_VRING_ERR: _S._set_vring_err,
     Request.GET_PROTOCOL_FEATURES: _S._get_protocol_features,
     Request.SET_PROTOCOL_FEATURES: _S._set_protocol_features,
-    Request.GET_QUEUE_NUM: _S._get_queue_num,
     Request.SET_VRING_ENABLE: _S._set_vring_enable,
-    Request.SEND_RARP: _S._send_rarp,
-    Request.NET_SET_MTU: _S._net_set_mtu,
     Request.SET_BACKEND_REQ_FD: _S._set_backend_req_fd,
-    Request.GET_CONFIG: _S._get_config,
-    Request.SET_CONFIG: _S._set_config,
     Request.RESET_DEVICE: _S._reset_device,
-    Request.GET_MAX_MEM_SLOTS: _S._get_max_mem_slots,
-    Request.ADD_MEM_REG: _S._add_mem_reg,
-    Request.REM_MEM_REG: _S._rem_mem_reg,
     Request.SET_STATUS: _S._set_status,
     Request.GET_STATUS: _S._get_status,
 }

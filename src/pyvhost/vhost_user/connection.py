@@ -1,7 +1,8 @@
 """One front end's connection: its sockets, between the control loop and a `BackendSession`.
 
 Promises: nothing here blocks; a front end that doesn't read its replies is not read from either, so that what
-waits for it stays a few hundred bytes; whatever goes wrong ends this connection alone, with one line in the
+waits for it stays a few hundred bytes; misses of the IOTLB are looked for while the front end can be told of
+them, and cost nothing otherwise; whatever goes wrong ends this connection alone, with one line in the
 log; afterwards its sockets and descriptors are closed and the device is as new.
 Never: decides what a message does; accepts or dials.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pyvhost.host import fds as host_fds
 from pyvhost.host.poller import Poller
 from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, SessionError
-from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Message, Stream, decode_one
+from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Fds, Message, Stream, decode_one
 from pyvhost.vhost_user.describe import TRACE, describe
 from pyvhost.vhost_user.device import Device
 from pyvhost.vhost_user.hints import MEMORY, private_memory
@@ -77,7 +78,9 @@ class Connection:
         self._on_end = on_end
         self._decoder = Decoder(Stream.REQUEST)
         self._output = bytearray()
+        self._output_fds = Fds()
         self._channel: _Channel | None = None
+        self._misses_fd = -1
         # A device may notice a change on any thread; the session belongs to the control thread.
         device.config_changed = lambda: poller.call_soon_threadsafe(self.session.config_changed)
         device.memory_lost = lambda: self.end(f"{LOST_MEMORY}; its connection ends", logging.ERROR)
@@ -108,8 +111,10 @@ class Connection:
         self.alive = False
         _log.log(level, "%s: %s", self.label, why)
         self._poller.unregister(self._sock.fileno())
+        self._poller.unregister(self._misses_fd)
         self._sock.close()
         self._decoder.close()
+        self._output_fds.close()
         if self._channel is not None:
             self._channel.close()
         try:
@@ -145,9 +150,12 @@ class Connection:
             if hint:
                 _log.warning("%s: %s", self.label, hint)
         for reply in self.session.receive(message):
-            self._trace_bytes(Stream.REPLY, reply)
-            self._output += reply
+            # Nothing else waits to be sent: `serve` reads the next message when all of this has gone.
+            self._trace_bytes(Stream.REPLY, reply.data, reply.fds)
+            self._output += reply.data
+            self._output_fds = reply.fds
         self._adopt_channel()
+        self._watch_misses()
         self._flush()
         return True
 
@@ -155,7 +163,10 @@ class Connection:
         """Send what waits; whether nothing waits any more. Only then more is read."""
         if self._output:
             try:
-                del self._output[: host_fds.send(self._sock, self._output)]
+                sent = host_fds.send(self._sock, self._output, list(self._output_fds))
+                self._output_fds.close()
+                self._output_fds = Fds()
+                del self._output[:sent]
             except OSError as error:
                 if error.errno not in AGAIN:
                     raise
@@ -168,8 +179,22 @@ class Connection:
         if fd >= 0:
             if self._channel is not None:
                 self._channel.close()
-            self._channel = _Channel(fd, self.session, self._poller, self._trace)
+            self._channel = _Channel(fd, self.session, self._poller, self._trace, self._watch_misses)
             self.session.on_backend_output = self._channel.flush
+        if self._channel is not None:
+            self._channel.flush()
+
+    def _watch_misses(self) -> None:
+        """Wait for misses while the front end can be told of one; they wait in the device otherwise."""
+        fd = self._device.iotlb_fd if self.alive and self.session.takes_misses else -1
+        if fd != self._misses_fd:
+            self._poller.unregister(self._misses_fd)
+            if fd >= 0:
+                self._poller.register(fd, select.EPOLLIN, self._on_miss)
+            self._misses_fd = fd
+
+    def _on_miss(self, mask: int) -> None:
+        self.session.announce()
         if self._channel is not None:
             self._channel.flush()
 
@@ -177,16 +202,27 @@ class Connection:
         if _log.isEnabledFor(TRACE):
             _log.log(TRACE, "%s: %s", self.label, describe(message, self._device.virtio_id))
 
-    def _trace_bytes(self, stream: Stream, data: bytes) -> None:
+    def _trace_bytes(self, stream: Stream, data: bytes, fds: Fds) -> None:
         if _log.isEnabledFor(TRACE):
-            self._trace(decode_one(stream, data))
+            message = decode_one(stream, data)
+            message.fds = fds
+            self._trace(message)
 
 
 class _Channel:
     """The socket of SET_BACKEND_REQ_FD: requests of ours out, acknowledgements in."""
 
-    def __init__(self, fd: int, session: BackendSession, poller: Poller, trace: Callable[[Message], None]):
+    def __init__(
+        self,
+        fd: int,
+        session: BackendSession,
+        poller: Poller,
+        trace: Callable[[Message], None],
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed`: called when it may take more than before, or less."""
         self._session = session
+        self._changed = changed
         self._poller = poller
         self._trace = trace
         self._sock = socket.socket(fileno=fd)
@@ -205,7 +241,9 @@ class _Channel:
         """Send what the session has to say."""
         output = self._session.backend_output
         try:
-            while output and self._sock.fileno() >= 0:
+            for _ in range(MESSAGES_A_TURN):
+                if not output or self._sock.fileno() < 0:
+                    break
                 if _log.isEnabledFor(TRACE) and len(output) >= HEADER_SIZE:
                     self._trace(decode_one(Stream.BACKEND_REQUEST, bytes(output)))
                 del output[: host_fds.send(self._sock, output)]
@@ -216,6 +254,7 @@ class _Channel:
                 return
         if self._sock.fileno() >= 0:
             self._poller.modify(self._sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if output else 0))
+        self._changed()
 
     def _on_event(self, mask: int) -> None:
         try:
@@ -245,3 +284,4 @@ class _Channel:
             _log.warning("%s: the socket of SET_BACKEND_REQ_FD: %s", self._session.label, why)
         self.close()
         self._session.backend_channel_closed()
+        self._changed()

@@ -51,6 +51,8 @@ _ANY_DEVICE = {
     abi.F_PROTOCOL_FEATURES: "PROTOCOL_FEATURES",
     **_bits(virtio, "F_"),
     **_bits(virtio, "RING_F_"),
+    # Not its older name.
+    virtio.F_ACCESS_PLATFORM: "ACCESS_PLATFORM",
 }
 _DEVICE_FEATURES: dict[int, dict[int, str]] = {
     virtio.ID_NET: _bits(virtio_net, "F_"),
@@ -166,6 +168,9 @@ def _number(message: Message, value: int, virtio_id: int) -> str:
         return f"mtu={value}" if request == Request.NET_SET_MTU else f"u64={value:#x}"
     if request in (Request.GET_QUEUE_NUM, Request.GET_MAX_MEM_SLOTS):
         return f"{value}"
+    if request == Request.SET_LOG_BASE:
+        # libvhost-user's shape of this reply, whose number means nothing.
+        return f"u64={value:#x}"
     return _acknowledgement(value)
 
 
@@ -183,6 +188,9 @@ def _fields(message: Message, payload: Payload) -> str:
         case VringState(index, num):
             if message.request == Request.SET_VRING_ENABLE and not message.stream.is_backend_channel:
                 return f"index={index} {'on' if num == 1 else 'off' if num == 0 else f'num={num}'}"
+            if message.request == Request.SET_VRING_ENDIAN and not message.stream.is_backend_channel:
+                order = {vhost.VRING_LITTLE_ENDIAN: "little-endian", vhost.VRING_BIG_ENDIAN: "big-endian"}
+                return f"index={index} {order.get(num, f'num={num}')}"
             return f"index={index} num={num}"
         case VringAddr(index, flags, desc, used, avail, log):
             logged = " (F_LOG)" if flags >> vhost.VRING_F_LOG & 1 else ""
@@ -197,9 +205,16 @@ def _fields(message: Message, payload: Payload) -> str:
         case Log(size, offset):
             return f"mmap_size={size:#x} mmap_offset={offset:#x}"
         case Iotlb(iova, size, uaddr, perm, kind):
+            # A miss has an address and what it wanted; an invalidation an address and a size.
+            text = f"{_IOTLB_TYPES.get(kind, f'type={kind}')} iova={iova:#x}"
+            if kind not in (vhost.IOTLB_MISS, vhost.IOTLB_ACCESS_FAIL) or size:
+                text += f" size={size:#x}"
+            if kind == vhost.IOTLB_UPDATE or uaddr:
+                text += f" uaddr={uaddr:#x}"
             return (
-                f"{_IOTLB_TYPES.get(kind, f'type={kind}')} iova={iova:#x} size={size:#x} uaddr={uaddr:#x}"
-                f" perm={_ACCESS.get(perm, perm)}"
+                text
+                if kind == vhost.IOTLB_INVALIDATE and not perm
+                else f"{text} perm={_ACCESS.get(perm, perm)}"
             )
         case Config(offset, flags, data):
             asked = message.stream is Stream.REQUEST and message.request == Request.GET_CONFIG
@@ -207,7 +222,8 @@ def _fields(message: Message, payload: Payload) -> str:
         case VringArea(u64, size, offset):
             return f"u64={u64:#x} size={size:#x} offset={offset:#x}"
         case Inflight(size, offset, queues, queue_size):
-            return f"mmap_size={size:#x} mmap_offset={offset:#x} num_queues={queues} queue_size={queue_size}"
+            text = f"mmap_size={size:#x} mmap_offset={offset:#x} num_queues={queues} queue_size={queue_size}"
+            return text if size or message.stream is Stream.REQUEST else f"refused ({text})"
         case DeviceState(direction, phase):
             saves = direction == abi.TRANSFER_STATE_DIRECTION_SAVE
             return f"direction={direction} ({'save' if saves else 'load'}) phase={phase}"

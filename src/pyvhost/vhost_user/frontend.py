@@ -17,7 +17,7 @@ from collections import deque
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
 from pyvhost.vhost_user.codec import Message, Stream, encode, request_name
-from pyvhost.vhost_user.payloads import ALWAYS_ANSWERED, U64, Payload
+from pyvhost.vhost_user.payloads import ALWAYS_ANSWERED, U64, Inflight, Payload
 
 
 class FrontendError(Exception):
@@ -25,7 +25,7 @@ class FrontendError(Exception):
 
 
 class RefusedError(FrontendError):
-    """The back end answered that a request failed: a number other than 0, or a configuration of no bytes."""
+    """The back end answered that a request failed: a number other than 0, or nothing where something belongs."""
 
 
 class FrontendSession:
@@ -78,6 +78,13 @@ class FrontendSession:
         payload = message.payload
         if request == Request.GET_CONFIG and payload is None:
             raise RefusedError("GET_CONFIG: the back end refused (a reply without payload)")
+        if request == Request.GET_INFLIGHT_FD:
+            if not isinstance(payload, Inflight) or not payload.mmap_size:
+                raise RefusedError("GET_INFLIGHT_FD: the back end has no memory to give (mmap_size is 0)")
+            if len(message.fds) != 1:
+                raise FrontendError(
+                    f"GET_INFLIGHT_FD: {len(message.fds)} descriptors came with it, expected 1"
+                )
         acknowledgement = isinstance(payload, U64) and request not in _NUMBERS
         if acknowledgement and isinstance(payload, U64) and payload.value != 0:
             raise RefusedError(f"{message.name}: the back end answered {payload.value}, which is failure")

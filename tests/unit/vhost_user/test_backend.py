@@ -24,7 +24,6 @@ from pyvhost.vhost_user.payloads import (
     U64,
     UNKNOWN,
     Config,
-    Iotlb,
     MemReg,
     MemTable,
     Payload,
@@ -115,8 +114,9 @@ def test_protocol_features_are_legal_before_set_features_and_without_asking(talk
 
 def test_what_is_offered_is_what_the_specification_gives_these_bits(talk: Talk) -> None:
     bits = [bit for bit in range(64) if PROTOCOL_FEATURES >> bit & 1]
-    # MQ, RARP, REPLY_ACK, MTU, BACKEND_REQ, CONFIG, BACKEND_SEND_FD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS
-    assert bits == [0, 2, 3, 4, 5, 9, 10, 13, 15, 16]
+    # MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, BACKEND_REQ, CROSS_ENDIAN, CONFIG, BACKEND_SEND_FD, INFLIGHT_SHMFD,
+    # RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN
+    assert bits == [0, 1, 2, 3, 4, 5, 6, 9, 10, 12, 13, 15, 16, 20, 23]
 
 
 def test_reply_ack_takes_effect_inside_set_protocol_features_itself(talk: Talk) -> None:
@@ -135,8 +135,20 @@ def test_a_message_with_an_answer_of_its_own_ignores_need_reply(talk: Talk) -> N
 
 
 def test_a_protocol_feature_that_was_not_offered_is_refused_by_name(talk: Talk) -> None:
-    with pytest.raises(SessionError, match=r"SET_PROTOCOL_FEATURES.*not offered: 0x1000 \(INFLIGHT_SHMFD\)"):
-        talk.say(Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK | 1 << 12))
+    with pytest.raises(SessionError, match=r"SET_PROTOCOL_FEATURES.*not offered: 0x100 \(PAGEFAULT\)"):
+        talk.say(Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK | 1 << 8))
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (1 << 20, r"0x100000 \(GET_VRING_BASE_INFLIGHT\) is nothing without 0x1000 \(INFLIGHT_SHMFD\)"),
+        (1 << 23 | 1 << 12, r"GET_VRING_BASE_SKIP_DRAIN\) is nothing without .*GET_VRING_BASE_INFLIGHT"),
+    ],
+)
+def test_protocol_features_that_need_others_are_refused_alone(talk: Talk, bits: int, words: str) -> None:
+    with pytest.raises(SessionError, match=words):
+        talk.say(Request.SET_PROTOCOL_FEATURES, U64(bits))
 
 
 def test_the_front_end_owns_the_device_whether_it_says_so_or_not(device: RecordingDevice) -> None:
@@ -185,6 +197,7 @@ def test_ring_settings_reach_the_device(talk: Talk, device: RecordingDevice) -> 
         (Request.SET_VRING_KICK, VringFile(8), 1),
         (Request.SET_VRING_CALL, VringFile(8), 1),
         (Request.SET_VRING_ERR, VringFile(8), 1),
+        (Request.SET_VRING_ENDIAN, VringState(8, 1), 0),
         (Request.SET_VRING_NUM, VringState(0xFFFFFFFF, 256), 0),
     ],
 )
@@ -334,10 +347,6 @@ def test_a_request_that_nobody_knows_is_refused_and_ends_the_connection_if_it_ca
     assert talk.say(77, U64(1), fds=[spare_fd()], need_reply=True) == U64(errno.EOPNOTSUPP)
     with pytest.raises(SessionError, match=r"request 77 .*: no such request is known here"):
         talk.say(77, U64(1))
-
-
-def test_an_iotlb_message_is_always_answered_and_refused(talk: Talk) -> None:
-    assert talk.say(Request.IOTLB_MSG, Iotlb(0, 4096, 0, 3, 2)) == U64(errno.EOPNOTSUPP)
 
 
 def test_memory_that_was_lost_ends_the_connection_after_any_message(

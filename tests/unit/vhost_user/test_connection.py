@@ -193,6 +193,8 @@ def test_a_front_end_that_shrinks_its_memory_loses_its_connection_and_nobody_els
         front.close()
         os.close(file)
     until(server, lambda: not two.owned)
+    for device in (one, two):
+        device.close()
 
 
 def test_a_device_that_cant_be_reset_does_not_keep_the_next_front_end_out(

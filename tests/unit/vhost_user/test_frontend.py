@@ -6,9 +6,9 @@ import pytest
 
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import BackendRequest, Request
-from pyvhost.vhost_user.codec import Message, Stream, decode_one, encode
+from pyvhost.vhost_user.codec import Fds, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.frontend import FrontendError, FrontendSession, RefusedError
-from pyvhost.vhost_user.payloads import U64, Config, Payload, VringState
+from pyvhost.vhost_user.payloads import U64, Config, Inflight, Iotlb, Payload, VringState
 from recording_device import conversation
 
 REPLY_ACK = U64(1 << abi.PROTOCOL_F_REPLY_ACK)
@@ -87,6 +87,31 @@ def test_a_configuration_of_no_bytes_is_a_refusal(session: FrontendSession) -> N
     session.request(Request.GET_CONFIG, Config(0, 0, bytes(6)))
     with pytest.raises(RefusedError, match="GET_CONFIG"):
         session.receive(reply(Request.GET_CONFIG, None))
+
+
+def test_inflight_memory_is_a_size_and_a_descriptor_or_a_refusal(session: FrontendSession) -> None:
+    def answer(size: int, fds: list[int]) -> Message:
+        message = reply(Request.GET_INFLIGHT_FD, Inflight(size, 0, 2, 128))
+        message.fds = Fds(fds)
+        return message
+
+    for _ in range(3):
+        assert flags_of(session.request(Request.GET_INFLIGHT_FD, Inflight(0, 0, 2, 128))) == 1
+    assert session.receive(answer(4096, [99])) == Inflight(4096, 0, 2, 128)
+    with pytest.raises(RefusedError, match="GET_INFLIGHT_FD: the back end has no memory to give"):
+        session.receive(answer(0, []))
+    with pytest.raises(FrontendError, match="GET_INFLIGHT_FD: 0 descriptors came with it, expected 1"):
+        session.receive(answer(4096, []))
+
+
+def test_an_iotlb_message_waits_for_its_answer_with_or_without_reply_ack() -> None:
+    session = FrontendSession()
+    update = Iotlb(0x1000, 0x1000, 0x7000, 3, 2)
+    session.request(Request.IOTLB_MSG, update)
+    assert session.receive(reply(Request.IOTLB_MSG, U64(0))) == U64(0)
+    session.request(Request.IOTLB_MSG, update)
+    with pytest.raises(RefusedError, match="IOTLB_MSG: the back end answered 14"):
+        session.receive(reply(Request.IOTLB_MSG, U64(14)))
 
 
 def test_a_reply_that_nobody_waits_for_is_a_fault(session: FrontendSession) -> None:

@@ -1,0 +1,105 @@
+"""What the back end has to say of its own accord, on the socket of SET_BACKEND_REQ_FD.
+
+Promises: one message at a time waits to be sent, so that a front end that does not read costs nothing here;
+however often the configuration changes meanwhile, it is told once; a miss of the IOTLB is taken from the device
+when it can be said, and waits its turn there until then; no more than `MISSES_UNANSWERED` are ever awaited.
+Never: reads or writes a socket; says anything while the device is suspended ("Suspended device state").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from pyvhost.abi import vhost
+from pyvhost.abi import vhost_user as abi
+from pyvhost.abi.vhost_user import BackendRequest
+from pyvhost.vhost_user.codec import Message, encode
+from pyvhost.vhost_user.device import Device
+from pyvhost.vhost_user.payloads import U64, Iotlb
+
+#: Misses told whose answer has not come yet, at most: as many as a front end may be behind.
+MISSES_UNANSWERED = 64
+
+_log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """One front end's: what is to be said, and what was said and is not answered."""
+
+    def __init__(self, device: Device, label: str) -> None:
+        self.device = device
+        self.label = label
+        #: Bytes to send; who sends them deletes them, and calls `fill`.
+        self.output = bytearray()
+        #: Whether there is a socket.
+        self.open = False
+        self._news = False
+        self._news_unanswered = False
+        self._misses: deque[Iotlb] = deque()
+        self._refused = False
+
+    def opened(self) -> None:
+        """A new socket: nothing was said on it yet."""
+        self.closed()
+        self.open = True
+
+    def closed(self) -> None:
+        """Nobody listens any more."""
+        self.open = False
+        self.output.clear()
+        self._news_unanswered = False
+        self._misses.clear()
+
+    def config_changed(self) -> None:
+        """The configuration space is another."""
+        self._news = True
+
+    def takes_misses(self, protocol_features: int) -> bool:
+        """Whether a miss could be said now, if the device has one."""
+        if self.output or not self.open:
+            return False
+        return not _has(protocol_features, abi.PROTOCOL_F_REPLY_ACK) or len(self._misses) < MISSES_UNANSWERED
+
+    def fill(self, protocol_features: int, *, iotlb: bool) -> None:
+        """Put the next message into `output`, if there is one and it may be said; `iotlb`: a miss may be it."""
+        if self.output or not self.open:
+            return
+        acks = _has(protocol_features, abi.PROTOCOL_F_REPLY_ACK)
+        flags = abi.FLAG_NEED_REPLY if acks else 0
+        if self._news and not self._news_unanswered and _has(protocol_features, abi.PROTOCOL_F_CONFIG):
+            self._news, self._news_unanswered = False, acks
+            self.output += encode(BackendRequest.CONFIG_CHANGE_MSG, flags=flags)
+        elif iotlb and self.takes_misses(protocol_features):
+            miss = self.device.take_iotlb_miss()
+            if miss is not None:
+                told = Iotlb(miss.iova, 0, 0, miss.perm, vhost.IOTLB_MISS)
+                self.output += encode(BackendRequest.IOTLB_MSG, told, flags=flags)
+                if acks:
+                    self._misses.append(told)
+
+    def answered(self, message: Message) -> None:
+        """The front end's answer to something that was said."""
+        failed = message.payload.value if isinstance(message.payload, U64) else 0
+        if message.request == BackendRequest.CONFIG_CHANGE_MSG:
+            self._news_unanswered = False
+            if failed:
+                _log.warning("%s: it refused %s (%d)", self.label, message.name, failed)
+        elif message.request == BackendRequest.IOTLB_MSG and self._misses:
+            miss = self._misses.popleft()
+            if failed:
+                # A guest can make as many of these as it likes: one is for the person, the rest for whoever looks.
+                _log.log(
+                    logging.DEBUG if self._refused else logging.WARNING,
+                    "%s: it has no translation of iova %#x for perm %d (%s refused: %d); the vring waits",
+                    self.label,
+                    miss.iova,
+                    miss.perm,
+                    message.name,
+                    failed,
+                )
+                self._refused = True
+
+
+def _has(protocol_features: int, bit: int) -> bool:
+    return bool(protocol_features >> bit & 1)
