@@ -221,7 +221,10 @@ class Worker:
             record["fd"] = new
             record["readable"] = record["writable"] = int(new >= 0)
             if new >= 0:
-                self.watch(new, select.EPOLLIN | select.EPOLLOUT, blocks.EVENT_PORT, port)
+                # A port of one ring is not woken by what only concerns another's.
+                events = select.EPOLLIN if record["rx"] >= 0 or record["row"] else 0
+                events |= select.EPOLLOUT if record["tx"] >= 0 or record["row"] else 0
+                self.watch(new, events, blocks.EVENT_PORT, port)
                 self.activate(port)
         return new
 
