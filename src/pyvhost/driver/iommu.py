@@ -27,6 +27,8 @@ from pyvhost.driver.memory import GuestMemory
 FIRST = 0x4000_0000_0000
 """Where IOVAs begin when nobody says: far from any guest address, so that one is not taken for the other."""
 
+_ALIGN = 16
+
 
 class Miss(NamedTuple):
     """What a device does not know, and what it wants it for."""
@@ -83,7 +85,8 @@ class Iommu:
     """A page table over `memory`, and who answers from it.
 
     `page` is its granule, in bytes, a power of two; 1 maps exactly what is asked for. `by_page` answers a
-    miss with the page that holds it, not the whole mapping. `prefill` tells the device where used rings are
+    miss with the page that holds it, not the whole mapping. Not `strict`, what was mapped once stays so, and is
+    found again: a device then learns all there is to learn, as behind Linux's iommu=pt. `prefill` tells the device where used rings are
     before they start, without being asked: Linux's vhost needs that. `decide` is asked before a miss is
     answered: False leaves it in `held`, for `answer` or for ever.
     """
@@ -94,15 +97,17 @@ class Iommu:
         *,
         page: int = 4096,
         by_page: bool = False,
+        strict: bool = True,
         first: int = FIRST,
         prefill: bool = True,
         decide: Callable[[Miss], bool] | None = None,
     ) -> None:
-        if page < 1 or page & (page - 1) or first % page:
+        if page < 1 or page & (page - 1) or first % max(page, _ALIGN):
             raise ValueError(f"pages of {page} bytes from {first:#x} make no page table")
         self.memory = memory
         self.page = page
         self.by_page = by_page
+        self.strict = strict
         self.prefill = prefill
         self.decide = decide
         self.frontend: IotlbFrontEnd | None = None
@@ -114,7 +119,8 @@ class Iommu:
         #: Those that `decide` would not have answered.
         self.held: list[Miss] = []
         self._next = first
-        self._free: dict[int, list[int]] = {}
+        self._free: dict[tuple[int, int], list[int]] = {}
+        self._kept: dict[tuple[int, int, int], int] = {}
         self._starts: list[int] = []
         self._table: dict[int, Mapping] = {}
 
@@ -124,16 +130,24 @@ class Iommu:
         """The IOVA of `length` bytes at a guest address. The device is told nothing until it asks."""
         if length <= 0 or not 0 < perm <= 3:
             raise DriverError(f"{length} bytes at {address:#x} can't be mapped with permission {perm}")
+        if (address, length, perm) in self._kept:
+            return self._kept[address, length, perm]
         lead = address % self.page
         size = -(-(lead + length) // self.page) * self.page
-        free = self._free.get(size)
+        # However small a page is, what was aligned stays so: rings must.
+        offset = (address - lead) % _ALIGN
+        free = self._free.get((size, offset))
         if free:
             start = free.pop()
         else:
+            start = self._next + offset
             # With a gap, so that a device that runs over a mapping's end meets nothing.
-            start, self._next = self._next, self._next + size + self.page
+            step = max(self.page, _ALIGN)
+            self._next += -(-(offset + size) // step) * step + step
         self._table[start] = Mapping(start, size, address - lead, perm)
         insort(self._starts, start)
+        if not self.strict:
+            self._kept[address, length, perm] = start + lead
         return start + lead
 
     def unmap(self, iova: int) -> None:
@@ -141,12 +155,14 @@ class Iommu:
         mapping = self.lookup(iova)
         if mapping is None:
             raise DriverError(f"nothing is mapped at {iova:#x}")
+        if not self.strict:
+            return
         del self._table[mapping.start]
         del self._starts[bisect_right(self._starts, mapping.start) - 1]
         self.held = [miss for miss in self.held if not mapping.start <= miss.iova < mapping.end]
         if self.frontend is not None:
             self.frontend.iotlb_invalidate(mapping.start, mapping.size)
-        self._free.setdefault(mapping.size, []).append(mapping.start)
+        self._free.setdefault((mapping.size, mapping.start % _ALIGN), []).append(mapping.start)
 
     def lookup(self, iova: int) -> Mapping | None:
         """The mapping that holds an IOVA."""

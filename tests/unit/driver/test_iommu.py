@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -206,3 +207,24 @@ def test_pages_that_make_no_table(memory: GuestMemory, page: int, first: int) ->
 def test_what_can_not_be_mapped(memory: GuestMemory, length: int, perm: int) -> None:
     with pytest.raises(DriverError, match="can't be mapped"):
         Iommu(memory).map(0, length, perm)
+
+
+def test_small_pages_keep_what_is_aligned_aligned(memory: GuestMemory) -> None:
+    iommu = Iommu(memory, page=1)
+    for address in (0x101, 0x102, 0x104, 0x108, 0x110, 0x10F):
+        iova = iommu.map(address, 3, ACCESS_RO)
+        assert iova % 16 == address % 16
+        iommu.unmap(iova)
+        assert iommu.map(address, 3, ACCESS_RO) == iova
+    starts = [iommu.map(0x101, 100, ACCESS_RO) for _ in range(4)]
+    assert all(high - low >= 100 for low, high in itertools.pairwise(starts))
+
+
+def test_what_is_not_strict_stays_mapped(memory: GuestMemory, device: Device) -> None:
+    iommu = stand_before(device, Iommu(memory, strict=False))
+    iova = iommu.map(0x1234, 10, ACCESS_RO)
+    iommu.unmap(iova)
+    assert device.forgotten == []
+    assert iommu.map(0x1234, 10, ACCESS_RO) == iova
+    assert iommu.map(0x1234, 10, ACCESS_WO) != iova, "another permission is another mapping"
+    assert iommu.answer(Miss(iova, ACCESS_RO))
