@@ -1,0 +1,1 @@
+"""Where a logical unit's blocks are kept."""
