@@ -23,7 +23,7 @@ from pyvhost.dataplane.blocks import (
     Record,
 )
 from pyvhost.dataplane.policy import inline, kernel
-from pyvhost.dataplane.translate import find_region, forget_limited
+from pyvhost.dataplane.translate import fault, find_region, forget_limited
 
 #: A page of the log (VHOST_PAGE_SIZE), as a shift.
 PAGE_SHIFT: Final = 12
@@ -77,7 +77,12 @@ def log_used(ring: Record, offset: int, length: int) -> None:
     """Logs `length` bytes of the used ring, from `offset` on."""
     address = ring["log_used_at"] + offset
     if ring["iotlb"]:
-        # The used ring lies at an I/O virtual address then, and its pages anywhere.
+        # The used ring lies at an I/O virtual address then, and its pages anywhere. A fault that the record
+        # holds has yet to be told of.
+        code = ring["fault"]
+        descriptor = ring["fault_descriptor"]
+        a = ring["fault_a"]
+        b = ring["fault_b"]
         while length > 0 and find_region(ring, address, ACCESS_WO) > 0:
             inside = address - ring["hit_guest"]
             run = min(ring["hit_size"] - inside, length)
@@ -85,7 +90,7 @@ def log_used(ring: Record, offset: int, length: int) -> None:
             forget_limited(ring)
             address += run
             length -= run
-        ring["fault"] = 0
+        fault(ring, code, descriptor, a, b)
     else:
         mark(ring["log_used"], ring["log_bytes"], address, length)
     _tell(ring)

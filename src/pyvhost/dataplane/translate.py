@@ -96,6 +96,7 @@ def pieces(ring: Record, address: int, length: int, access: int, iov: int, room:
             if found <= 0:
                 return found
         if done == room:
+            forget_limited(ring)
             return NO_ROOM
         offset = address - ring["hit_guest"]
         run = min(ring["hit_size"] - offset, length)

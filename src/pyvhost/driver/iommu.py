@@ -85,10 +85,10 @@ class Iommu:
     """A page table over `memory`, and who answers from it.
 
     `page` is its granule, in bytes, a power of two; 1 maps exactly what is asked for. `by_page` answers a
-    miss with the page that holds it, not the whole mapping. Not `strict`, what was mapped once stays so, and is
-    found again: a device then learns all there is to learn, as behind Linux's iommu=pt. `prefill` tells the device where used rings are
-    before they start, without being asked: Linux's vhost needs that. `decide` is asked before a miss is
-    answered: False leaves it in `held`, for `answer` or for ever.
+    miss with the page that holds it, not the whole mapping. Not `strict`, what was mapped once stays so, and
+    is found again: a device then learns all there is to learn, as behind Linux's iommu=pt. `prefill` tells
+    the device where used rings are before they start, without being asked: Linux's vhost needs that. `decide`
+    is asked before a miss is answered: False leaves it in `held`, for `answer` or for ever.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from pyvhost.abi import vhost, virtio
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import Request
 from pyvhost.driver.dirty_log import DirtyLog
-from pyvhost.driver.errors import DeviceError, DriverError, RefusedError
+from pyvhost.driver.errors import DeviceError, DriverError
 from pyvhost.driver.inflight import Inflight
 from pyvhost.driver.memory import Region
 from pyvhost.driver.queue import Queue
@@ -114,11 +114,12 @@ class VhostUserFrontend(VhostUserSocket):
         self.request(Request.SET_LOG_FD, None, [fd] if fd >= 0 else [])
 
     def get_inflight(self, num_queues: int, queue_size: int) -> Inflight:
-        """Have the back end make a table for so many rings of so many entries; the caller closes it."""
+        """Have the back end make a table for so many rings of so many entries; the caller closes it.
+
+        RefusedError when it has no memory to give.
+        """
         answer, fd = self.request_fd(Request.GET_INFLIGHT_FD, InflightRow(0, 0, num_queues, queue_size))
         assert isinstance(answer, InflightRow)
-        if fd < 0 or not answer.mmap_size:
-            raise RefusedError(f"GET_INFLIGHT_FD of {num_queues} x {queue_size}: no table came, but {answer}")
         return Inflight(fd, answer.mmap_size, answer.mmap_offset, answer.num_queues, answer.queue_size)
 
     def set_inflight(self, table: Inflight) -> None:
@@ -214,13 +215,16 @@ class VhostUserFrontend(VhostUserSocket):
         """
         self.set_owner()
         offered = self.get_features()
-        acked = offered & features & ~_BIT_30
         if self.protocol_features and offered & _BIT_30:
             self.set_protocol_features(self.get_protocol_features() & self.protocol_features)
             if self.has(abi.PROTOCOL_F_BACKEND_REQ):
                 self.set_backend_req_fd()
+                # As QEMU does: a back end may offer more to a front end that it can ask (ACCESS_PLATFORM).
+                offered = self.get_features()
+            acked = offered & features & ~_BIT_30
             self.set_features(acked | _BIT_30)
         else:
+            acked = offered & features & ~_BIT_30
             self.set_features(acked)
         return acked
 

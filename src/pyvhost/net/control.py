@@ -10,7 +10,7 @@ as 5.1.6.5.1 and 5.1.6.5.2 allow ("best effort").
 from __future__ import annotations
 
 import logging
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from pyvhost.abi import virtio_net as abi
 from pyvhost.vhost.chains import Chain
@@ -41,19 +41,19 @@ class Controlled(Protocol):
 def handle(device: Controlled, chain: Chain) -> int:
     """Does one command; the bytes written (its ack)."""
     command = chain.read(16 + 2 * 6 * _MAC_ENTRIES)
-    done = len(command) >= 2 and _obey(device, command[0], command[1], command[2:])
+    done = len(command) >= 2 and _obey(device, command[0], command[1], command[2:], chain.byteorder)
     if not done:
         # A guest may send as many as it likes: no louder.
         _log.debug("%s: control command %s refused", device.name, command[:8].hex() or "(empty)")
     return chain.write(bytes([abi.OK if done else abi.ERR]))
 
 
-def _obey(device: Controlled, group: int, command: int, data: bytes) -> bool:
+def _obey(device: Controlled, group: int, command: int, data: bytes, order: Literal["little", "big"]) -> bool:
     match group, command:
         case abi.CTRL_RX, n if n <= abi.CTRL_RX_NOBCAST:
             return len(data) == 1
         case abi.CTRL_MAC, abi.CTRL_MAC_TABLE_SET:
-            return _is_mac_tables(data)
+            return _is_mac_tables(data, order)
         case abi.CTRL_MAC, abi.CTRL_MAC_ADDR_SET:
             if len(data) != 6:
                 return False
@@ -63,18 +63,18 @@ def _obey(device: Controlled, group: int, command: int, data: bytes) -> bool:
             device.announced()
             return True
         case abi.CTRL_MQ, abi.CTRL_MQ_VQ_PAIRS_SET:
-            return len(data) == 2 and device.use_pairs(int.from_bytes(data, "little"))
+            return len(data) == 2 and device.use_pairs(int.from_bytes(data, order))
         case abi.CTRL_GUEST_OFFLOADS, abi.CTRL_GUEST_OFFLOADS_SET:
-            return len(data) == 8 and device.set_guest_offloads(int.from_bytes(data, "little"))
+            return len(data) == 8 and device.set_guest_offloads(int.from_bytes(data, order))
     return False
 
 
-def _is_mac_tables(data: bytes) -> bool:
+def _is_mac_tables(data: bytes, order: Literal["little", "big"]) -> bool:
     """Whether these are two tables of addresses, unicast and multicast, each behind its count."""
     for _ in range(2):
         if len(data) < 4:
             return False
-        entries = int.from_bytes(data[:4], "little")
+        entries = int.from_bytes(data[:4], order)
         if entries > _MAC_ENTRIES or len(data) < 4 + 6 * entries:
             return False
         data = data[4 + 6 * entries :]

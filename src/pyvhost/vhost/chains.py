@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import select
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class Chain:
     head: int
     readable: list[memoryview]
     writable: list[memoryview]
+    #: Of the words in it: a legacy guest's own (virtio 1.3, 1.4.1).
+    byteorder: Literal["little", "big"] = "little"
 
     def read(self, limit: int = 1 << 16) -> bytes:
         """The readable bytes, `limit` at most."""
@@ -159,6 +162,7 @@ class PythonRing:
             load64(slot + blocks.SLOT_HEAD),
             _views(iov, out_pieces),
             _views(iov + 16 * out_pieces, load64(slot + blocks.SLOT_IN)),
+            "big" if (sys.byteorder == "big") != bool(self.record["swap"]) else "little",
         )
         try:
             written = self._handler(chain)

@@ -376,13 +376,17 @@ def test_the_inflight_table_comes_once_and_goes_before_the_first_ring(
         assert backend.came[0][2:] == (INFLIGHT, 1)
 
 
-@pytest.mark.parametrize("answer", [INFLIGHT, bytes(24)], ids=["no descriptor", "no table"])
-def test_no_inflight_table_is_a_refusal(
-    pair: tuple[VhostUserFrontend, ScriptedBackend], answer: bytes
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [(INFLIGHT, DeviceError, "0 descriptors"), (bytes(24), RefusedError, "no memory")],
+    ids=["no descriptor", "no table"],
+)
+def test_an_inflight_table_that_does_not_come(
+    pair: tuple[VhostUserFrontend, ScriptedBackend], answer: bytes, error: type[Exception], words: str
 ) -> None:
     frontend, backend = pair
     backend.answers = {31: answer}
-    with pytest.raises(RefusedError, match="no table came"):
+    with pytest.raises(error, match=words):
         frontend.get_inflight(2, 64)
 
 

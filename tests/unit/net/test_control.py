@@ -136,3 +136,21 @@ def test_a_driver_that_leaves_no_room_for_an_answer_gets_none() -> None:
 def test_any_bytes_are_answered_with_ok_or_err(data: bytes, cut: int) -> None:
     answer = command(Device(), data[:cut], data[cut:])
     assert answer in (abi.OK, abi.ERR)
+
+
+def test_words_are_in_a_legacy_guests_own_order() -> None:
+    """A big-endian guest's numbers (virtio 1.3, 1.4.1); the device knows its order from the ring."""
+    wanted: list[tuple[int, int, bytes, tuple[Any, ...]]] = [
+        (abi.CTRL_MQ, abi.CTRL_MQ_VQ_PAIRS_SET, b"\x01\x02", ("pairs", 258)),
+        (abi.CTRL_GUEST_OFFLOADS, abi.CTRL_GUEST_OFFLOADS_SET, bytes(7) + b"\x82", ("offloads", 0x82)),
+    ]
+    for kind, number, data, told in wanted:
+        device, ack = Device(), bytearray(1)
+        said = [memoryview(bytes([kind, number]) + data)]
+        assert control.handle(device, Chain(0, said, [memoryview(ack)], "big")) == 1
+        assert (ack[0], device.told) == (abi.OK, [told])
+    table = (1).to_bytes(4, "big") + MAC + bytes(4)
+    said = [memoryview(bytes([abi.CTRL_MAC, abi.CTRL_MAC_TABLE_SET]) + table)]
+    ack = bytearray(1)
+    control.handle(Device(), Chain(0, said, [memoryview(ack)], "big"))
+    assert ack[0] == abi.OK
