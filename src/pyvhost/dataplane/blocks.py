@@ -55,13 +55,13 @@ INFLIGHT_DESC: Final = 16
 INFLIGHT_DESC_BYTES: Final = 16
 
 
-def _int64s(*names: str) -> np.dtype[np.void]:
+def int64s(*names: str) -> np.dtype[np.void]:
     size = -(-len(names) * 8 // 64) * 64
     offsets = [8 * i for i in range(len(names))]
     return np.dtype({"names": names, "formats": ["<i8"] * len(names), "offsets": offsets, "itemsize": size})
 
 
-RING: Final = _int64s(
+RING: Final = int64s(
     # Where its parts lie, and how many descriptors it has.
     "desc",
     "avail",
@@ -100,6 +100,9 @@ RING: Final = _int64s(
     "inflight",
     "replay",
     "replay_left",
+    # How many chains were taken out of order, for that memory; whether some are used and not yet shown.
+    "taken",
+    "unshown",
     # Notifications: descriptors (-1: none), and whether the driver is asked to kick.
     "call_fd",
     "err_fd",
@@ -117,7 +120,7 @@ RING: Final = _int64s(
     "fault_told",
 )
 
-PORT: Final = _int64s(
+PORT: Final = int64s(
     # What is at its other end (PORT_*), its descriptor, and the header that travels on it.
     "kind",
     "fd",
@@ -166,7 +169,7 @@ PORT: Final = _int64s(
     "row",
 )
 
-WORKER: Final = _int64s(
+WORKER: Final = int64s(
     "control",
     "epoll",
     "tx_batch",
@@ -183,6 +186,8 @@ WORKER: Final = _int64s(
     "reason_port",
     # Whether a ring was ever stopped by a fault: its next kick has to be heard even while all ports are busy.
     "faults",
+    # What a scsi worker has besides (an address; 0: none).
+    "disks",
 )
 
 #: The longest frame: an IP packet of 64 KiB behind two addresses, two tags and a type, and then some.
@@ -265,6 +270,9 @@ PORT_FD: Final = 3
 PORT_STREAM: Final = 4
 PORT_SWITCH: Final = 5
 
+#: Buckets of a latency: below 1 us, below 2, below 4 ...
+LATENCIES: Final = 24
+
 COUNTERS: Final = (
     "packets",
     "bytes",
@@ -278,6 +286,11 @@ COUNTERS: Final = (
     "oversize",
     "no_buffer",
     "faults",
+    "reads",
+    "writes",
+    "read_bytes",
+    "written_bytes",
+    *(f"latency_{i}" for i in range(LATENCIES)),
 )
 C_PACKETS: Final = 0
 C_BYTES: Final = 8
@@ -291,6 +304,11 @@ C_BURSTS: Final = 64
 C_OVERSIZE: Final = 72
 C_NO_BUFFER: Final = 80
 C_FAULTS: Final = 88
+C_READS: Final = 96
+C_WRITES: Final = 104
+C_READ_BYTES: Final = 112
+C_WRITTEN_BYTES: Final = 120
+C_LATENCY: Final = 128
 
 assert all(dtype.itemsize % 64 == 0 for dtype in (RING, PORT, WORKER))
-assert len(COUNTERS) * 8 == C_FAULTS + 8
+assert len(COUNTERS) * 8 == C_LATENCY + 8 * LATENCIES

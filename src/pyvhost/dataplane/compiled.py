@@ -62,12 +62,14 @@ load32 = _loader(32, None)
 load64 = _loader(64, None)
 load8_acquire = _loader(8, "acquire")
 load16_acquire = _loader(16, "acquire")
+load32_acquire = _loader(32, "acquire")
 load64_acquire = _loader(64, "acquire")
 store8 = _storer(8, None)
 store16 = _storer(16, None)
 store32 = _storer(32, None)
 store64 = _storer(64, None)
 store16_release = _storer(16, "release")
+store32_release = _storer(32, "release")
 store64_release = _storer(64, "release")
 
 
@@ -167,6 +169,9 @@ _write = _external("write", types.int32, types.int64, types.int64)
 _readv = _external("readv", types.int32, types.int64, types.int32)
 _writev = _external("writev", types.int32, types.int64, types.int32)
 _eventfd_write = _external("eventfd_write", types.int32, types.int64, result=types.int32)
+_preadv2 = _external("preadv2", types.int32, types.int64, types.int32, types.int64, types.int32)
+_pwritev2 = _external("pwritev2", types.int32, types.int64, types.int32, types.int64, types.int32)
+_syscall6 = _external("syscall", *[types.int64] * 7)
 _epoll_wait = _external("epoll_wait", types.int32, types.int64, types.int32, types.int32, result=types.int32)
 
 
@@ -232,6 +237,27 @@ def sys_readv(fd: int, iov: int, count: int) -> int:
 def sys_writev(fd: int, iov: int, count: int) -> int:
     """writev(2); `iov`: address of `count` struct iovec; -errno on failure."""
     done = _writev(fd, iov, count)
+    return done if done >= 0 else -errno()
+
+
+@inline
+def sys_preadv2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
+    """preadv2(2); -errno on failure."""
+    done = _preadv2(fd, iov, count, offset, flags)
+    return done if done >= 0 else -errno()
+
+
+@inline
+def sys_pwritev2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
+    """pwritev2(2); -errno on failure."""
+    done = _pwritev2(fd, iov, count, offset, flags)
+    return done if done >= 0 else -errno()
+
+
+@inline
+def sys_uring_enter(fd: int, submit: int, wait: int, flags: int) -> int:
+    """io_uring_enter(2); -errno on failure."""
+    done = _syscall6(426, fd, submit, wait, flags, 0, 0)
     return done if done >= 0 else -errno()
 
 

@@ -32,6 +32,7 @@ def load64(address: int) -> int:
 
 load8_acquire = load8
 load16_acquire = load16
+load32_acquire = load32
 load64_acquire = load64
 
 
@@ -52,6 +53,7 @@ def store64(address: int, value: int) -> None:
 
 
 store16_release = store16
+store32_release = store32
 store64_release = store64
 
 
@@ -112,7 +114,7 @@ def _result(done: int) -> int:
     return done if done >= 0 else -ctypes.get_errno()
 
 
-for _name in ("read", "write", "readv", "writev"):
+for _name in ("read", "write", "readv", "writev", "preadv2", "pwritev2", "syscall"):
     getattr(_libc, _name).restype = ctypes.c_ssize_t
 
 
@@ -134,6 +136,22 @@ def sys_readv(fd: int, iov: int, count: int) -> int:
 
 def sys_writev(fd: int, iov: int, count: int) -> int:
     return _result(_libc.writev(int(fd), ctypes.c_void_p(int(iov)), int(count)))
+
+
+def sys_preadv2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
+    return _result(
+        _libc.preadv2(int(fd), ctypes.c_void_p(int(iov)), int(count), ctypes.c_long(int(offset)), int(flags))
+    )
+
+
+def sys_pwritev2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
+    return _result(
+        _libc.pwritev2(int(fd), ctypes.c_void_p(int(iov)), int(count), ctypes.c_long(int(offset)), int(flags))
+    )
+
+
+def sys_uring_enter(fd: int, submit: int, wait: int, flags: int) -> int:
+    return _result(_libc.syscall(426, int(fd), int(submit), int(wait), int(flags), None, 0))
 
 
 def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:

@@ -238,6 +238,15 @@ def take(ring: Record, chains: int) -> None:
         ring["last_avail"] = (ring["last_avail"] + chains) & 0xFFFF
 
 
+@inline
+def take_kept(ring: Record, chains: int) -> None:
+    """Consumes the next `chains` chains, which are in the inflight memory until they are used."""
+    again = min(chains, ring["replay_left"])
+    ring["replay"] += 8 * again
+    ring["replay_left"] -= again
+    ring["last_avail"] = (ring["last_avail"] + chains - again) & 0xFFFF
+
+
 @kernel
 def use_batch(ring: Record, batch: int, chains: int) -> None:
     """Consumes the first `chains` of a batch that the device only read: used, with nothing written."""

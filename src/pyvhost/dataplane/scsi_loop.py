@@ -1,0 +1,317 @@
+"""The scsi worker's loop: the request queues that a thread serves, until Python is needed.
+
+A turn uses what Python has finished, reaps what the host has finished, takes a batch from each active queue, and
+submits all that came of it in one call. Then it sleeps in epoll, which io_uring's descriptor wakes as well.
+
+Promises: each queue gets at most one batch a turn; a chain that was taken is in the inflight memory until it is
+used; a request to stop is seen once a turn.
+Never: returns without a reason (`REASON_*`).
+"""
+
+from __future__ import annotations
+
+from pyvhost.dataplane.access import (
+    clock_ns,
+    load32,
+    load64,
+    load64_acquire,
+    signal,
+    store64,
+    store64_release,
+    sys_epoll_wait,
+)
+from pyvhost.dataplane.blocks import (
+    BATCH,
+    C_KICKS,
+    C_LATENCY,
+    C_READ_BYTES,
+    C_READS,
+    C_SYSCALLS,
+    C_WRITES,
+    C_WRITTEN_BYTES,
+    CONTROL_STOP,
+    EVENT_KICK,
+    EVENTS,
+    FAULT_HEADER,
+    IOTLB_MISS,
+    LATENCIES,
+    REASON_RING,
+    REASON_STOP,
+    SCRATCH_CLOCK,
+    SLOT_BYTES,
+    SLOT_HEAD,
+    SLOT_IN_BYTES,
+    SLOT_OUT_BYTES,
+    Record,
+    Records,
+)
+from pyvhost.dataplane.inflight import begin, done, listed
+from pyvhost.dataplane.policy import kernel
+from pyvhost.dataplane.scsi_blocks import (
+    DISKS_BUSY,
+    DISKS_DONE_PUT,
+    DISKS_DONE_TAKEN,
+    DISKS_OPS,
+    DISKS_PUSHED,
+    OP_ABORT,
+    OP_BYTES,
+    OP_EXPECTED,
+    OP_HEAD,
+    OP_IS_WRITE,
+    OP_RING,
+    OP_STARTED,
+    OP_UNIT,
+    OP_WRITTEN,
+    RESPONSE_BYTES,
+    TODO_CHAIN,
+    TODO_ENDED,
+    TODO_FAILED,
+    UNIT_ROW,
+)
+from pyvhost.dataplane.scsi_io import done_entry, free_todo, give_back, respond, start, tell
+from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take_kept, use, want_kicks
+from pyvhost.dataplane.translate import fault
+from pyvhost.dataplane.uring import consume, next_completion, submit
+
+
+@kernel
+def _used(rings: Records, queues: Records, index: int, head: int, written: int) -> None:
+    """Uses a chain; it is shown at the end of the turn."""
+    ring = rings[index]
+    use(ring, head, written)
+    listed(ring, head)
+    queues[ring["port"]]["in_flight"] -= 1
+    ring["unshown"] = 1
+
+
+@kernel
+def _show(rings: Records, queues: Records, index: int) -> None:
+    """Shows the driver what was used of a queue's ring."""
+    ring = rings[queues[index]["tx"]]
+    if ring["unshown"]:
+        ring["unshown"] = 0
+        if ring["located"]:
+            before = ring["published"]
+            publish(ring)
+            if ring["inflight"]:
+                done(ring, before)
+    if queues[index]["held_back"] and queues[index]["in_flight"] == 0:
+        # Python waits for the last one.
+        signal(queues[index]["python_fd"])
+
+
+@kernel
+def _from_python(worker: Record, rings: Records, queues: Records) -> int:
+    """Uses the chains that Python has finished; how many."""
+    disks = worker["disks"]
+    taken = load64(disks + DISKS_DONE_TAKEN)
+    # Pairs with Python's store of the number, behind what it counts.
+    put = load64_acquire(disks + DISKS_DONE_PUT)
+    for number in range(taken, put):
+        entry = done_entry(disks, number)
+        index = load64(entry)
+        _used(rings, queues, index, load64(entry + 8), load64(entry + 16))
+        _activate(worker, rings, queues, rings[index]["port"])
+    store64_release(disks + DISKS_DONE_TAKEN, put)
+    return put - taken
+
+
+@kernel
+def _count_io(op: int, now: int) -> None:
+    row = load64(load64(op + OP_UNIT) + UNIT_ROW)
+    length = load64(op + OP_EXPECTED)
+    if load64(op + OP_IS_WRITE):
+        count(row, C_WRITES, 1)
+        count(row, C_WRITTEN_BYTES, length)
+    else:
+        count(row, C_READS, 1)
+        count(row, C_READ_BYTES, length)
+    micros = (now - load64(op + OP_STARTED)) // 1000
+    bucket = 0
+    while micros > 0 and bucket < LATENCIES - 1:
+        micros >>= 1
+        bucket += 1
+    count(row, C_LATENCY + 8 * bucket, 1)
+
+
+@kernel
+def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
+    """Uses the chains whose operations the host has finished; how many."""
+    disks = worker["disks"]
+    reaped = 0
+    while True:
+        completion = next_completion(disks)
+        if completion == 0:
+            return reaped
+        number = load64(completion)
+        result = load32(completion + 8)
+        if result >= 1 << 31:
+            result -= 1 << 32
+        consume(disks)
+        reaped += 1
+        op = load64(disks + DISKS_OPS) + number * OP_BYTES
+        index = load64(op + OP_RING)
+        head = load64(op + OP_HEAD)
+        ring = rings[index]
+        abort = load64(op + OP_ABORT)
+        if abort == 0 and result != load64(op + OP_EXPECTED):
+            # What the host failed, or did in part, is Python's to do again and to explain.
+            tell(disks, TODO_FAILED, index, head, -result if result < 0 else 0)
+            signal(queues[ring["port"]]["python_fd"])
+        else:
+            if abort == 0:
+                _count_io(op, now)
+            else:
+                store64(op + OP_WRITTEN, RESPONSE_BYTES)
+            respond(ring, op, abort)
+            _used(rings, queues, index, head, load64(op + OP_WRITTEN))
+            if abort:
+                tell(disks, TODO_ENDED, index, head, number)
+                signal(queues[ring["port"]]["python_fd"])
+        give_back(disks, op, number)
+        _activate(worker, rings, queues, ring["port"])
+
+
+@kernel
+def _take(worker: Record, rings: Records, queues: Records, index: int, now: int) -> int:
+    """Takes a batch from a queue; how many chains."""
+    queue = queues[index]
+    ring = rings[queue["tx"]]
+    if not ring["running"] or queue["held_back"]:
+        return 0
+    disks = worker["disks"]
+    batch = worker["tx_batch"]
+    room = min(BATCH, free_todo(disks) - 512)
+    if room <= 0:
+        return 0
+    chains = collect(ring, batch, 0, room, 0, 0)
+    took = 0
+    told = False
+    while took < chains:
+        slot = batch + took * SLOT_BYTES
+        head = load64(slot + SLOT_HEAD)
+        if load64(slot + SLOT_OUT_BYTES) < queue["header"] or load64(slot + SLOT_IN_BYTES) < RESPONSE_BYTES:
+            short = load64(slot + SLOT_OUT_BYTES) < queue["header"]
+            fault(
+                ring,
+                FAULT_HEADER,
+                head,
+                load64(slot + SLOT_OUT_BYTES) if short else load64(slot + SLOT_IN_BYTES),
+                queue["header"] if short else RESPONSE_BYTES,
+            )
+            break
+        begin(ring, head)
+        if not start(worker, queue, queue["tx"], ring, slot, now):
+            tell(disks, TODO_CHAIN, queue["tx"], head, 0)
+            told = True
+        took += 1
+    take_kept(ring, max(took, 0))
+    queue["in_flight"] += took
+    if told:
+        signal(queue["python_fd"])
+    if ring["fault"]:
+        worker["faults"] = 1
+        if stop_at_fault(ring):
+            worker["reason"] |= REASON_RING
+    # The iovecs lie in the batch: they have been read when this is back.
+    calls = submit(disks)
+    if calls > 0:
+        count(worker["row"], C_SYSCALLS, calls)
+    return took
+
+
+@kernel
+def _activate(worker: Record, rings: Records, queues: Records, index: int) -> None:
+    queue = queues[index]
+    if queue["active"] == 0 and queue["used"]:
+        queue["active"] = 1
+        queue["idle_since"] = 0
+        store64(worker["active"] + 8 * worker["active_count"], index)
+        worker["active_count"] += 1
+        ring = rings[queue["tx"]]
+        if ring["running"]:
+            want_kicks(ring, False)
+
+
+@kernel
+def _wait(worker: Record, rings: Records, queues: Records, timeout_ms: int) -> None:
+    """Sleeps in epoll and wakes the queues that were kicked."""
+    events = worker["events"]
+    ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
+    count(worker["row"], C_SYSCALLS, 1)
+    for i in range(ready):
+        # struct epoll_event is packed: 4 bytes of events, 8 of data.
+        kind = load32(events + 12 * i + 8)
+        index = load32(events + 12 * i + 4)
+        if kind == EVENT_KICK:
+            ring = rings[index]
+            count(ring["row"], C_KICKS, 1)
+            if ring["fault"] and not ring["running"] and ring["located"]:
+                ring["fault"] = 0
+                ring["running"] = 1
+            elif not ring["running"] and not ring["located"]:
+                ring["fault"] = IOTLB_MISS
+                ring["fault_told"] = 0
+                worker["reason"] |= REASON_RING
+            _activate(worker, rings, queues, ring["port"])
+
+
+@kernel
+def _rest(worker: Record, rings: Records, queues: Records, index: int, now: int) -> bool:
+    """Whether a queue without work may rest: not while it is polled, nor if asking for kicks shows work."""
+    queue = queues[index]
+    if queue["busy_ns"]:
+        if queue["idle_since"] == 0:
+            queue["idle_since"] = now
+        if now - queue["idle_since"] < queue["busy_ns"]:
+            return False
+    ring = rings[queue["tx"]]
+    if ring["running"]:
+        want_kicks(ring, True)
+        if _take(worker, rings, queues, index, now):
+            want_kicks(ring, False)
+            queue["idle_since"] = 0
+            return False
+    return True
+
+
+@kernel
+def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
+    """Serves the queues of `workers[0]` until there is a reason to return, which it returns."""
+    worker = workers[0]
+    disks = worker["disks"]
+    active = worker["active"]
+    clock = worker["scratch"] + SCRATCH_CLOCK
+    worker["reason"] = REASON_STOP
+    # Pairs with the store of the control thread that wants to change something.
+    while load64_acquire(worker["control"] + 8 * CONTROL_STOP) == 0:
+        now = clock_ns(clock)
+        moved = _from_python(worker, rings, queues)
+        moved += _reap(worker, rings, queues, now)
+        at = 0
+        while at < worker["active_count"]:
+            index = load64(active + 8 * at)
+            served = _take(worker, rings, queues, index, now)
+            _show(rings, queues, index)
+            if served:
+                moved += served
+                queues[index]["idle_since"] = 0
+                at += 1
+            elif _rest(worker, rings, queues, index, now):
+                queues[index]["active"] = 0
+                worker["active_count"] -= 1
+                store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
+            else:
+                at += 1
+            if worker["reason"] != REASON_STOP:
+                return worker["reason"]
+        if load64(disks + DISKS_PUSHED):
+            submit(disks)
+        if moved == 0:
+            # Awake for those that are polled; asleep until a kick, Python, or the host.
+            _wait(worker, rings, queues, 0 if worker["active_count"] > 0 else -1)
+        elif load64(disks + DISKS_BUSY) == 0 or worker["faults"]:
+            _wait(worker, rings, queues, 0)
+        if worker["reason"] != REASON_STOP:
+            return worker["reason"]
+    return REASON_STOP
