@@ -14,7 +14,7 @@ from pyvhost.dataplane import blocks, policy, split_ring
 from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.net_loop import net_loop
 from pyvhost.dataplane.switch_table import learn
-from pyvhost.vhost.counters import CounterFile
+from pyvhost.vhost import counters
 from pyvhost.vhost.worker import Int64s, Worker, Workers
 
 
@@ -25,9 +25,9 @@ class Process:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, workers: int | None = None) -> None:
-        self.counters = CounterFile(blocks.COUNTERS)
+        self.counters = counters.of_process()
         self._own: dict[Worker, Int64s] = {}
-        self._workers = Workers(net_loop, "net", self._worker_row, workers)
+        self._workers = Workers(lambda name: Worker(net_loop, name, self._worker_row(name)), "net", workers)
 
     @classmethod
     def get(cls) -> Process:

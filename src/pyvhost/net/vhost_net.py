@@ -32,7 +32,7 @@ from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.kernel_device import KernelDevice
 from pyvhost.vhost.opening import register
 from pyvhost.vhost.vring import Vring
-from pyvhost.vhost.worker import Int64s, Worker, WorkerPlace
+from pyvhost.vhost.worker import Worker, WorkerPlace
 
 _log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyvhost.abi import counters_file as layout
+from pyvhost.dataplane import blocks
 
 #: Rows in a file; memory that is not used is not touched.
 CAPACITY = 8192
@@ -284,3 +285,16 @@ class CounterFile:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+_process_file: CounterFile | None = None
+_process_lock = threading.Lock()
+
+
+def of_process() -> CounterFile:
+    """The one file of this process, for devices of all kinds."""
+    global _process_file
+    with _process_lock:
+        if _process_file is None:
+            _process_file = CounterFile(blocks.COUNTERS)
+        return _process_file

@@ -17,7 +17,7 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -71,12 +71,13 @@ class Slots:
 class Worker:
     """One thread, one loop, and the arrays that the loop reads."""
 
-    def __init__(self, loop: Loop, name: str, row: Int64s) -> None:
+    def __init__(self, loop: Loop, name: str, row: Int64s, port: np.dtype[np.void] = blocks.PORT) -> None:
         self.name = name
         self._loop = loop
         self._row = row
+        self._port = port
         self.rings: Any = np.zeros(blocks.MAX_RINGS, blocks.RING)
-        self.ports: Any = np.zeros(blocks.MAX_PORTS, blocks.PORT)
+        self.ports: Any = np.zeros(blocks.MAX_PORTS, port)
         self._records: Any = np.zeros(1, blocks.WORKER)
         self._memory = {
             "control": np.zeros(8, np.int64),
@@ -141,10 +142,11 @@ class Worker:
         """A port's index in `ports`; its record is all zeros but for what means "none"."""
         index = self._port_slots.take()
         record = self.ports[index]
-        self.ports[index] = np.zeros(1, blocks.PORT)[0]
-        record["fd"] = record["tx"] = record["rx"] = record["left"] = -1
+        self.ports[index] = np.zeros(1, self._port)[0]
+        for field, value in (("fd", -1), ("tx", -1), ("rx", -1), ("left", -1), ("expect", 1514)):
+            if field in (self._port.names or ()):
+                record[field] = value
         record["used"] = 1
-        record["expect"] = 1514
         self._records[0]["ports"] += 1
         self._start()
         return index
@@ -285,6 +287,9 @@ class Worker:
         os.close(self._wake)
 
 
+W = TypeVar("W", bound=Worker)
+
+
 class WorkerPlace:
     """A place (`device.Place`): a ring of a worker's port."""
 
@@ -349,31 +354,27 @@ class WorkerPlace:
         self.worker.ports[self.port]["busy_ns"] = _FOR_EVER if polled else longest
 
 
-class Workers:
+class Workers(Generic[W]):
     """The process's workers of one device type: made when needed, shared by key or in turn.
 
-    `count`: how many threads; None: one a processor, eight at most.
+    `make`: one, given its name. `count`: how many threads; None: one a processor, eight at most.
     """
 
-    def __init__(
-        self, loop: Loop, kind: str, make_row: Callable[[str], Int64s], count: int | None = None
-    ) -> None:
-        self._loop = loop
+    def __init__(self, make: Callable[[str], W], kind: str, count: int | None = None) -> None:
+        self._make = make
         self._kind = kind
-        self._make_row = make_row
         self.count = count or min(len(os.sched_getaffinity(0)), 8)
-        self._workers: list[Worker] = []
-        self._keys: dict[str, Worker] = {}
+        self._workers: list[W] = []
+        self._keys: dict[str, W] = {}
         self._turn = itertools.count()
 
-    def take(self, key: str | None = None) -> Worker:
+    def take(self, key: str | None = None) -> W:
         """The worker for what has to be together (`key`), or the next in turn."""
         if key is not None and key in self._keys:
             return self._keys[key]
         turn = next(self._turn) % self.count
         if turn >= len(self._workers):
-            name = f"{self._kind}-worker{turn}"
-            self._workers.append(Worker(self._loop, name, self._make_row(name)))
+            self._workers.append(self._make(f"{self._kind}-worker{turn}"))
         worker = self._workers[turn]
         if key is not None:
             self._keys[key] = worker

@@ -1,0 +1,189 @@
+"""The scsi workers: threads in `scsi_loop`, their io_uring, and the queues between them and the control thread.
+
+Promises: what the loop hands over comes to its owner on the control thread, in order; what Python has finished
+goes back without a pause of the loop; without io_uring on the host all commands are Python's.
+Never: knows a command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from pyvhost.dataplane import blocks, policy, split_ring
+from pyvhost.dataplane import scsi_blocks as layout
+from pyvhost.dataplane.access import load64, store64
+from pyvhost.dataplane.dirty_log import log_used
+from pyvhost.dataplane.plain import load64_acquire, store64_release
+from pyvhost.dataplane.scsi_loop import scsi_loop
+from pyvhost.dataplane.walk import walk
+from pyvhost.host import eventfd
+from pyvhost.host.poller import Poller
+from pyvhost.host.uring import Uring
+from pyvhost.vhost import counters
+from pyvhost.vhost.worker import Int64s, Worker, Workers
+
+_log = logging.getLogger(__name__)
+
+#: Told of an entry from the loop: what it says (`scsi_blocks.TODO_*`), head, and a third number.
+Owner = Callable[[int, int, int], None]
+
+
+class DiskWorker(Worker):
+    """One thread in the scsi loop."""
+
+    def __init__(self, name: str, row: Int64s) -> None:
+        super().__init__(scsi_loop, name, row, layout.QUEUE)
+        self._disks = np.zeros(layout.DISKS_BYTES // 8, np.int64)
+        self._ops = np.zeros(layout.OPS * layout.OP_BYTES // 8, np.int64)
+        self._todo = np.zeros(layout.ENTRIES * layout.ENTRY_BYTES // 8, np.int64)
+        self._done = np.zeros(layout.ENTRIES * layout.ENTRY_BYTES // 8, np.int64)
+        self._taken = np.zeros(8, np.int64)
+        self._lock = threading.Lock()
+        self._owners: dict[int, Owner] = {}
+        #: Signalled by the loop when there is something for Python.
+        self.python_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pollers: set[Poller] = set()
+        self.disks = int(self._disks.ctypes.data)
+        self.ops = int(self._ops.ctypes.data)
+        for at, value in (
+            (layout.DISKS_URING_FD, -1),
+            (layout.DISKS_OPS, self.ops),
+            (layout.DISKS_FREE, -1),
+            (layout.DISKS_TODO, int(self._todo.ctypes.data)),
+            (layout.DISKS_TODO_TAKEN, int(self._taken.ctypes.data)),
+            (layout.DISKS_DONE, int(self._done.ctypes.data)),
+        ):
+            store64(self.disks + at, value)
+        self._records[0]["disks"] = self.disks
+        self._uring = self._make_uring()
+
+    @property
+    def has_uring(self) -> bool:
+        """Whether READ and WRITE may take the short way at all."""
+        return self._uring is not None
+
+    def _make_uring(self) -> Uring | None:
+        try:
+            uring = Uring(layout.OPS)
+        except OSError as error:
+            _log.warning("%s: no io_uring, so all commands take the long way: %s", self.name, error.strerror)
+            # An empty completion queue, for the loop to look at.
+            store64(self.disks + layout.DISKS_CQ_HEAD, int(self._taken.ctypes.data) + 32)
+            store64(self.disks + layout.DISKS_CQ_TAIL, int(self._taken.ctypes.data) + 32)
+            return None
+        for at, value in (
+            (layout.DISKS_URING_FD, uring.fd),
+            (layout.DISKS_SQ_TAIL, uring.sq_tail),
+            (layout.DISKS_SQ_MASK, uring.sq_mask),
+            (layout.DISKS_SQ_ARRAY, uring.sq_array),
+            (layout.DISKS_SQES, uring.sqes),
+            (layout.DISKS_CQ_HEAD, uring.cq_head),
+            (layout.DISKS_CQ_TAIL, uring.cq_tail),
+            (layout.DISKS_CQ_MASK, uring.cq_mask),
+            (layout.DISKS_CQES, uring.cqes),
+            (layout.DISKS_FREE, 0),
+        ):
+            store64(self.disks + at, value)
+        for number in range(layout.OPS):
+            following = number + 1 if number + 1 < layout.OPS else -1
+            store64(self.ops + number * layout.OP_BYTES + layout.OP_NEXT, following)
+        self.watch(uring.fd, select.EPOLLIN, blocks.EVENT_WAKE, 0)
+        return uring
+
+    def own(self, ring: int, owner: Owner | None, poller: Poller) -> None:
+        """Says who is told of a ring's entries, on `poller`'s thread; None: nobody any more."""
+        if owner is None:
+            self._owners.pop(ring, None)
+            return
+        self._owners[ring] = owner
+        if poller not in self._pollers:
+            self._pollers.add(poller)
+            poller.register(self.python_fd, select.EPOLLIN, lambda _events: self.serve())
+
+    def serve(self) -> None:
+        """Tells the owners of what the loop has handed over. On the control thread."""
+        eventfd.drain(self.python_fd)
+        # Pairs with the loop's release store, behind the entries.
+        put = load64_acquire(self.disks + layout.DISKS_TODO_PUT)
+        taken = int(self._taken[0])
+        while taken < put:
+            entry = load64(self.disks + layout.DISKS_TODO) + (taken % layout.ENTRIES) * layout.ENTRY_BYTES
+            kind, ring, head, extra = (load64(entry + 8 * i) for i in range(4))
+            taken += 1
+            store64_release(int(self._taken.ctypes.data), taken)
+            owner = self._owners.get(ring)
+            if owner is not None:
+                owner(kind, head, extra)
+
+    def finish(self, ring: int, head: int, written: int) -> None:
+        """Has the loop use a chain that was Python's. From any thread."""
+        with self._lock:
+            put = load64(self.disks + layout.DISKS_DONE_PUT)
+            entry = load64(self.disks + layout.DISKS_DONE) + (put % layout.ENTRIES) * layout.ENTRY_BYTES
+            for i, value in enumerate((ring, head, written)):
+                store64(entry + 8 * i, value)
+            # Pairs with the loop's acquire load of the number.
+            store64_release(self.disks + layout.DISKS_DONE_PUT, put + 1)
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        super().close()
+        for poller in self._pollers:
+            poller.unregister(self.python_fd)
+        if self._uring is not None:
+            self._uring.close()
+        os.close(self.python_fd)
+
+
+class Plane:
+    """What the scsi devices of one process share: workers and counters."""
+
+    _the: ClassVar[Plane | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.counters = counters.of_process()
+        self.workers: Workers[DiskWorker] = Workers(
+            lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), "scsi", workers
+        )
+
+    @classmethod
+    def get(cls) -> Plane:
+        """The process's own."""
+        with cls._lock:
+            if cls._the is None:
+                cls._the = cls()
+            return cls._the
+
+    @staticmethod
+    def prepare() -> None:
+        """Has the data plane compiled, or loaded from the cache."""
+        worker, rings, queues = (np.zeros(1, kind) for kind in (blocks.WORKER, blocks.RING, layout.QUEUE))
+        ring = rings[0]
+        policy.prepare(
+            "the scsi data plane",
+            [
+                (scsi_loop, (worker, rings, queues)),
+                (walk, (ring, 0, 0, 0, 0)),
+                (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
+                (split_ring.use, (ring, 0, 0)),
+                (split_ring.use_written, (ring, 0, 0)),
+                (split_ring.take, (ring, 0)),
+                (split_ring.publish, (ring,)),
+                (split_ring.want_kicks, (ring, True)),
+                (split_ring.stop_at_fault, (ring,)),
+                (log_used, (ring, 0, 0)),
+            ],
+        )
+
+    def row(self, device: str, kind: str, queue: str, backend: str) -> Int64s:
+        """A row of counters."""
+        return self.counters.row({"device": device, "kind": kind, "queue": queue, "backend": backend})
