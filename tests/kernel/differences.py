@@ -27,7 +27,8 @@ class Named:
 
 
 def _ioctl(found: Difference, *names: str) -> bool:
-    return found.step.get("ioctl", "").removeprefix("VHOST_") in names
+    name: str = found.step.get("ioctl", "")
+    return name.removeprefix("VHOST_") in names
 
 
 def _is_child(found: Difference) -> bool:
@@ -49,7 +50,7 @@ def _is_newer(found: Difference) -> bool:
     newer = _ioctl(
         found, "GET_FEATURES_ARRAY", "SET_FEATURES_ARRAY", "SET_FORK_FROM_OWNER", "GET_FORK_FROM_OWNER"
     )
-    return bool(newer and found.step.get("result") in ("ENOTTY", "EPERM", "EFAULT"))
+    return newer and found.step.get("result") in ("ENOTTY", "EPERM", "EFAULT")
 
 
 def _is_worker(found: Difference) -> bool:
@@ -58,11 +59,11 @@ def _is_worker(found: Difference) -> bool:
 
 
 def _is_thread_name(found: Difference) -> bool:
-    return found.step["op"] == "workers" and found.got == []
+    return bool(found.step["op"] == "workers" and found.got == [])
 
 
 def _is_second_miss(found: Difference) -> bool:
-    again: bool = found.case.endswith("iotlb/update-answers-only-covering-misses")
+    again = found.case.endswith("iotlb/update-answers-only-covering-misses")
     return again and found.step["op"] == "read" and found.got == "EAGAIN"
 
 
@@ -98,7 +99,7 @@ DIFFERENCES = (
     ),
     Named(
         "one-miss-an-update",
-        "a ring asks once for each kick that is seen, and once after an UPDATE; Linux may ask more often, as time has it",
+        "a ring asks once for each kick that is seen and once after an UPDATE; Linux may ask more often",
         _is_second_miss,
     ),
     Named(

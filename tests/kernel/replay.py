@@ -118,12 +118,16 @@ def cases(device: str) -> list[Case]:
     return [case for case in recorded() if case["device"] == device]
 
 
-def replay(case: Case, open_device: Open, *, children: bool = True) -> list[Difference]:
+def replay(
+    case: Case, open_device: Open, *, children: bool = True, patience: float = PATIENCE, pause: float = 0.0
+) -> list[Difference]:
     """Does a case's steps in order; what came out otherwise.
 
-    `children`: steps of a forked child are done by one; without, they are differences ("not done").
+    `children`: steps of a forked child are done by one; without, they are differences ("not done"). `patience`:
+    how long what is recorded is waited for, in seconds. `pause`: how long after each kick a kernel is left alone, so
+    that the next one is not taken for the same.
     """
-    player = Player(case, open_device, children)
+    player = Player(case, open_device, children, patience, pause)
     try:
         return list(player.play())
     finally:
@@ -133,8 +137,10 @@ def replay(case: Case, open_device: Open, *, children: bool = True) -> list[Diff
 class Player:
     """One case on its way."""
 
-    def __init__(self, case: Case, open_device: Open, children: bool) -> None:
+    def __init__(self, case: Case, open_device: Open, children: bool, patience: float, pause: float) -> None:
         self.case = case
+        self.patience = patience
+        self.pause = pause
         self.scene = Scene()
         self._open = open_device
         self._children = children
@@ -268,14 +274,14 @@ class Player:
         device = self.device(step)
         os.set_blocking(device.fileno(), not step.get("nonblock"))
         if step["result"] == 72:
-            self.scene.wait_readable(device.fileno(), PATIENCE)
+            self.scene.wait_readable(device.fileno(), self.patience)
         data = device.read(step["length"])
         return [len(data), data.hex()] if data else 0
 
     def poll(self, step: Step) -> Any:
         poll = select.poll()
         poll.register(self.device(step).fileno(), IN | RDNORM)
-        found = poll.poll(PATIENCE * 1000 if step["result"] else step["timeout_ms"])
+        found = poll.poll(self.patience * 1000 if step["result"] else step["timeout_ms"])
         return found[0][1] if found else 0
 
     def open(self, step: Step) -> Any:
@@ -287,12 +293,14 @@ class Player:
         return step.get("result")
 
     def eventfd_write(self, step: Step) -> Any:
-        return os.write(self.scene.fd(step["fd"]), struct.pack("=Q", 1))
+        done = os.write(self.scene.fd(step["fd"]), struct.pack("=Q", 1))
+        time.sleep(self.pause)
+        return done
 
     def eventfd_read(self, step: Step) -> Any:
         fd = self.scene.fd(step["fd"])
         if step["result"]:
-            self.scene.wait_readable(fd, PATIENCE)
+            self.scene.wait_readable(fd, self.patience)
         try:
             return os.eventfd_read(fd)
         except BlockingIOError:
@@ -301,7 +309,7 @@ class Player:
     def memory(self, step: Step) -> Any:
         at = "mem+0x18000" if step["at"] == "used" else step["at"]
         offset, wanted = int(at.partition("+")[2], 0), bytes.fromhex(step["hex"])
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self.patience
         while self.scene.mem.get(offset, len(wanted)) != wanted and time.monotonic() < end:
             time.sleep(0.001)
         return [step.get("result"), self.scene.mem.get(offset, len(wanted)).hex()]
@@ -429,7 +437,7 @@ def main(parts: list[str]) -> int:
     different = 0
     for case in recorded():
         if os.path.exists(f"/dev/{case['device']}") and (not parts or any(p in case["case"] for p in parts)):
-            found = replay(case, KernelFile)
+            found = replay(case, KernelFile, pause=0.2)
             different += bool(found)
             print(f"{case['case']}: {len(found)} of {len(case['steps'])} steps differ")
             for line in found:

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from pyvhost.memory.regions import MemoryTable, Row, rows_block
+from pyvhost.memory.regions import NO_GUEST, MemoryTable, Row, rows_block
 
 #: As Linux's vhost (max_iotlb_entries).
 ENTRIES: Final = 2048
@@ -80,7 +80,7 @@ class Iotlb:
 
     def update(self, iova: int, size: int, uaddr: int, perm: int) -> None:
         """A new entry. OSError EFAULT: it wraps, or is not all in the memory table."""
-        if size <= 0 or iova + size > _TOP or uaddr + size > _TOP or not 0 < perm <= 3:
+        if size <= 0 or iova + size > _TOP or uaddr + size > _TOP or not 0 <= perm <= 3:
             raise OSError(
                 errno.EFAULT, f"IOTLB entry {iova:#x}+{size:#x} to {uaddr:#x}, perm {perm}: it can't be"
             )
@@ -122,10 +122,17 @@ class Iotlb:
     # --- within -------------------------------------------------------------------------------------------
 
     def _rows_of(self, entry: Entry) -> list[Row]:
-        return [
-            (entry.iova + offset, run, host, guest, entry.perm)
-            for offset, run, host, guest in self._table.pieces_of_user(entry.uaddr, entry.size)
-        ]
+        rows: list[Row] = []
+        done = 0
+        for offset, run, host, guest in self._table.pieces_of_user(entry.uaddr, entry.size):
+            if done < offset:
+                rows.append((entry.iova + done, offset - done, 0, NO_GUEST, 0))
+            rows.append((entry.iova + offset, run, host, guest, entry.perm))
+            done = offset + run
+        if done < entry.size:
+            # An entry is no miss: what is not there may not be touched.
+            rows.append((entry.iova + done, entry.size - done, 0, NO_GUEST, 0))
+        return rows
 
     def _touching(self, iova: int, size: int) -> list[Entry]:
         if not self._disjoint:

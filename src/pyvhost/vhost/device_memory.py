@@ -232,7 +232,7 @@ class DeviceMemory(ABC):
             self._rings.point()
             for vring in self._running():
                 if self._memory.has(vring, iova, size):
-                    self._rings.locate(vring)
+                    self._rings.locate(vring, again=True)
 
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
@@ -278,7 +278,7 @@ class DeviceMemory(ABC):
         with self._all_paused():
             old = self._memory.use_table(table)
             for vring in self._running():
-                self._rings.locate(vring)
+                self._rings.locate(vring, again=True)
         old.close()
 
     @staticmethod

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -210,8 +211,15 @@ class Handle:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_device", None) is not None:
+        device = getattr(self, "_device", None)
+        # When the interpreter ends there are no workers left that could stop, and nothing is left to them.
+        if device is None or sys.is_finalizing():
+            return
+        try:
             self.close()
+        except RuntimeError:
+            # It was a worker that the collector ran on: it can't wait for itself.
+            threading.Thread(target=device.close).start()
 
     # --- within -------------------------------------------------------------------------------------------
 
@@ -223,7 +231,9 @@ class Handle:
             if everyones is not None:
                 everyones(argument)
                 return 0
-            if request not in _HARMLESS:
+            if os.getpid() != self._process and request not in _HARMLESS:
+                if request == abi.SET_OWNER:
+                    device.require_no_owner()
                 self._own_process(device)
             try:
                 return ioctls.perform(device, request, argument)
@@ -249,7 +259,7 @@ class Handle:
             raise OSError(errno.EBADF, f"{device.name}: it was not opened to {what}")
 
     def _own_process(self, device: KernelDevice) -> None:
-        """EPERM: this is a forked child, and the rings are its parent's. (EBUSY for SET_OWNER comes first.)"""
+        """EPERM: this is a forked child, and the rings are its parent's."""
         if os.getpid() != self._process:
             raise VhostError(errno.EPERM, f"{device.name}: process {self._process} has it, not its child")
 

@@ -112,6 +112,7 @@ class KernelDevice(Device):
         self._regions = None
         self._log_base = 0
         self.acked_backend_features = 0
+        self.fork_from_owner = abi.FORK_OWNER_TASK
         for vring in self.vrings:
             # The kernel's rings have a size from the start.
             vring.num, vring.desc = 1, 0

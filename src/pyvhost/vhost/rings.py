@@ -98,23 +98,30 @@ class Rings:
         _log.debug("%s: vring %d rests, base %d", self._device.name, vring.index, vring.base)
         self._device.running_changed()
 
-    def locate(self, vring: Vring) -> None:
-        """Finds a vring's parts, or has it wait for them. While paused. VhostError EFAULT: they can't be."""
+    def locate(self, vring: Vring, *, again: bool = False) -> None:
+        """Finds a vring's parts, or has it wait for them. While paused. VhostError EFAULT: they can't be.
+
+        `again`: what it means has changed, and nobody has kicked: one that waits has asked already.
+        """
         assert vring.place is not None
         record = vring.place.record
+        asked = again and not record["located"]
         try:
             parts = self._memory.parts(vring, event_idx=bool(record["event_idx"]))
         except WaitsError as missing:
             self._park(vring)
-            self._device.iotlb_miss(vring.index, missing.iova, missing.perm)
+            if not asked:
+                self._device.iotlb_miss(vring.index, missing.iova, missing.perm)
             return
         except VhostError as error:
             if self._memory.iotlb is None and self._memory.usable is None:
                 raise
             self._park(vring)
-            _log.error("%s", error.strerror)
-            if vring.err >= 0:
-                eventfd.signal(vring.err)
+            # An IOTLB that allows too little is the front end's to mend: as on Linux the driver hears nothing.
+            if self._memory.iotlb is None and not asked:
+                _log.error("%s", error.strerror)
+                if vring.err >= 0:
+                    eventfd.signal(vring.err)
             return
         stitched, vring.stitched = vring.stitched, parts.stitched
         record["desc"], record["avail"], record["used"] = parts.desc, parts.avail, parts.used

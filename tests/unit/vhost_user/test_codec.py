@@ -81,9 +81,13 @@ def test_every_recorded_message_is_read_and_written_back_to_the_same_bytes(name:
             assert list(message.fds) == fds
             assert message.request == recorded.request
             again = encode(message.request, message.payload, flags=message.flags & ~abi.VERSION_MASK)
-            # UML has room for two regions in a table, whatever their number: the rest is zeros.
-            assert recorded.data[12:].startswith(again[12:])
-            assert not any(recorded.data[len(again) :])
+            if isinstance(message.payload, Iotlb):
+                # QEMU sends what its stack had in C's padding behind the last field.
+                assert again[12:38] == recorded.data[12:38]
+            else:
+                # UML has room for two regions in a table, whatever their number: the rest is zeros.
+                assert recorded.data[12:].startswith(again[12:])
+                assert not any(recorded.data[len(again) :])
         message.fds.close()
         assert not any(is_open(fd) for fd in fds)
 

@@ -17,10 +17,11 @@ from pyvhost.abi.vhost_user import BackendRequest, Request
 from pyvhost.host import fds as host_fds
 from pyvhost.vhost_user.codec import Decoder, Message, Stream, decode_one, encode
 from pyvhost.vhost_user.describe import describe
+from pyvhost.vhost_user.frontend import FrontendSession
 from pyvhost.vhost_user.outbox import MISSES_UNANSWERED
 from pyvhost.vhost_user.payloads import U64, Inflight, Iotlb, VringFile, VringState
 from pyvhost.vhost_user.server import Server
-from recording_device import FEATURES, RecordingDevice, no_fd_leaks, spare_fd
+from recording_device import FEATURES, RecordingDevice, conversation, no_fd_leaks, spare_fd
 
 ACCESS_PLATFORM = 1 << 33
 REPLY_ACK = 1 << abi.PROTOCOL_F_REPLY_ACK
@@ -65,6 +66,31 @@ def test_who_acknowledges_it_and_cant_be_asked_is_told_so_once(
     assert "acknowledged ACCESS_PLATFORM" in record.message
     assert "SET_BACKEND_REQ_FD" in record.message
     assert [ring.running for ring in talk.session.rings[:2]] == [True, True]
+
+
+def test_qemu_sees_the_offer_when_it_asks_again_and_answers_each_miss() -> None:
+    """The recorded conversation: what is offered before and after BACKEND_REQ, misses, updates, acknowledgements."""
+    talk = conversation("qemu-7.2-iommu")
+    offers = [
+        int.from_bytes(m.data[12:], "little")
+        for m in talk
+        if m.request == Request.GET_FEATURES and not m.front and not m.backend_channel
+    ]
+    assert [bool(bits & ACCESS_PLATFORM) for bits in offers] == [False] + [True] * (len(offers) - 1)
+    misses = [m for m in talk if m.backend_channel and not m.front]
+    acks = [m for m in talk if m.backend_channel and m.front]
+    assert len(misses) == len(acks) == 4
+    for sent in misses:
+        payload = decode_one(Stream.BACKEND_REQUEST, sent.data).payload
+        assert isinstance(payload, Iotlb)
+        assert sent.data == encode(BackendRequest.IOTLB_MSG, miss(payload.iova), flags=abi.FLAG_NEED_REPLY)
+    frontend = FrontendSession()
+    frontend.request(Request.SET_PROTOCOL_FEATURES, U64(REPLY_ACK))
+    assert acks[0].data == frontend.acknowledge(decode_one(Stream.BACKEND_REQUEST, misses[0].data))
+    updates = [m for m in talk if m.request == Request.IOTLB_MSG and m.front and not m.backend_channel]
+    wanted = {0xFFFFC000, 0xFFFFD000, 0xFFFFE000, 0xFFFFF000}
+    told = [decode_one(Stream.REQUEST, m.data).payload for m in updates]
+    assert {p.iova for p in told if isinstance(p, Iotlb) and p.type == vhost.IOTLB_UPDATE} == wanted
 
 
 # --- what the front end says -----------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pyvhost.dataplane.plain import store8
 from pyvhost.host import memfd
 from pyvhost.vhost.inflight import Inflight as InflightRegion
 from pyvhost.vhost_user.backend import SessionError
-from pyvhost.vhost_user.codec import encode
+from pyvhost.vhost_user.codec import Stream, decode_one, encode
 from pyvhost.vhost_user.payloads import U64, Inflight, Log, Payload, VringAddr, VringState
-from recording_device import FEATURES, RecordingDevice, is_open, no_fd_leaks, spare_fd
+from recording_device import FEATURES, RecordingDevice, conversation, is_open, no_fd_leaks, spare_fd
 
 REPLY_ACK = 1 << abi.PROTOCOL_F_REPLY_ACK
 LOG_SHMFD = 1 << abi.PROTOCOL_F_LOG_SHMFD
@@ -25,6 +25,29 @@ LOG_ALL = 1 << vhost.F_LOG_ALL
 
 
 # --- the dirty log ---------------------------------------------------------------------------------
+
+
+def test_qemu_waits_for_the_log_and_then_says_what_is_to_be_logged() -> None:
+    """The recorded order: the log, LOG_ALL, F_LOG for each vring. By the end everything is taken back, or stopped."""
+    told = [
+        m
+        for m in conversation("qemu-7.2-migration")
+        if m.request in (Request.SET_LOG_BASE, Request.SET_FEATURES, Request.SET_VRING_ADDR)
+    ]
+    at = next(i for i, m in enumerate(told) if m.request == Request.SET_LOG_BASE)
+    asked, answered, with_log, *_ = told[at:]
+    assert (asked.fds, answered.fds) == (1, 0)
+    assert answered.data == encode(Request.SET_LOG_BASE, decoded(asked.data), flags=abi.FLAG_REPLY)
+    assert with_log.request == Request.SET_FEATURES
+    payload = decoded(with_log.data)
+    assert isinstance(payload, U64)
+    assert payload.value & LOG_ALL
+    logged = [decoded(m.data) for m in told[at:] if m.request == Request.SET_VRING_ADDR and len(m.data) == 52]
+    assert [p.flags for p in logged if isinstance(p, VringAddr)] == [1, 1]
+
+
+def decoded(data: bytes) -> Payload | None:
+    return decode_one(Stream.REQUEST, data).payload
 
 
 def log_file(size: int = 8192) -> int:

@@ -114,19 +114,23 @@ reboot_now() {
 # The host's end may go and come back: what is read meanwhile is an end of file.
 line_gone() { usleep 100000; }
 load() { insmod "$1" || echo "pyvhost: cannot load $1"; }
+port=
 for module in @LINE_MODULES@; do
     load "$module"
 done
 # The port is announced by the device a moment after its driver is there.
 for tenth in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30; do
-    [ -c @TTY@ ] && break
+    for folder in /sys/class/virtio-ports/*; do
+        [ "$(cat "$folder/name" 2>&1)" = @TTY@ ] && port=/dev/${folder##*/}
+    done
+    [ -c "$port" ] && break
     usleep 100000
 done
-if ! (: 3<>@TTY@); then
-    echo "pyvhost: cannot open @TTY@"
+if [ ! -c "$port" ] || ! (: 3<>"$port"); then
+    echo "pyvhost: cannot open the port called" @TTY@
     poweroff_now
 fi
-exec 3<>@TTY@
+exec 3<>"$port"
 for module in @MODULES@; do
     load "$module"
 done
@@ -139,13 +143,13 @@ def uml_init(tty: str, modules: Iterable[str], python: str) -> str:
     return _fill(_UML, tty, modules).replace("@PYTHON@", shlex.quote(python))
 
 
-def qemu_init(port: str, line_modules: Iterable[str], modules: Iterable[str]) -> str:
+def qemu_init(name: str, line_modules: Iterable[str], modules: Iterable[str]) -> str:
     """The init of an initramfs with nothing but busybox in /bin.
 
-    `port` is the line, a virtio-serial port: no byte of it is ever lost. `line_modules` are its drivers, `modules`
-    what is loaded after them.
+    The line is the virtio-serial port called `name`: no byte of it is ever lost. `line_modules` are its drivers,
+    `modules` what is loaded after them.
     """
-    return _fill(_QEMU, port, modules).replace("@LINE_MODULES@", _quoted(line_modules))
+    return _fill(_QEMU, name, modules).replace("@LINE_MODULES@", _quoted(line_modules))
 
 
 def request(token: str, script: str, seconds: float) -> bytes:

@@ -30,8 +30,8 @@ PROGRAM = "qemu-system-x86_64"
 PACKAGE = "qemu-system-x86"
 
 # The shell's line: a virtio-serial port, of which no byte is lost however late the guest reads, as an emulated
-# UART's are. The UART is what a person reads. Port 0 is kept for a console.
-_PORT = "/dev/vport0p1"
+# UART's are. The UART is what a person reads. It has a name: its number depends on where the cards are.
+_PORT = "pyvhost.shell"
 _PORT_MODULES = ("virtio_pci", "virtio_console")
 
 
@@ -237,7 +237,7 @@ class QemuGuest(Guest):
         argv += ["-chardev", f"socket,id=shell,fd={shell.fileno()}"]
         # Before the NICs and at a place of its own: whatever cards follow, it stays where a migration looks for it.
         argv += ["-device", "virtio-serial-pci,id=serial0,addr=0x2,max_ports=2"]
-        argv += ["-device", "virtserialport,id=port0,bus=serial0.0,nr=1,chardev=shell"]
+        argv += ["-device", f"virtserialport,id=port0,bus=serial0.0,nr=1,chardev=shell,name={_PORT}"]
         argv += [
             "-chardev",
             f"socket,id=monitor,fd={monitor.fileno()}",
