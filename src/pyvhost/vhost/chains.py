@@ -20,8 +20,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from pyvhost.dataplane import blocks
+from pyvhost.dataplane.dirty_log import mark
 from pyvhost.dataplane.plain import load64
-from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use_written, want_kicks
+from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use, want_kicks
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.vhost import faults
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 _A_TURN: Final = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """What the driver sent, and where an answer goes."""
 
@@ -43,6 +44,8 @@ class Chain:
     writable: list[memoryview]
     #: Of the words in it: a legacy guest's own (virtio 1.3, 1.4.1).
     byteorder: Literal["little", "big"] = "little"
+    #: Address in the dirty log and bytes of each writable piece.
+    logged: tuple[tuple[int, int], ...] = ()
 
     def read(self, limit: int = 1 << 16) -> bytes:
         """The readable bytes, `limit` at most."""
@@ -61,8 +64,8 @@ class Chain:
         return done
 
 
-#: Handles a chain; how many bytes of its writable part were written.
-Handler = Callable[[Chain], int]
+#: Handles a chain; how many bytes of its writable part were written, None: `PythonRing.finish` will say.
+Handler = Callable[[Chain], int | None]
 
 
 def _views(iov: int, count: int) -> list[memoryview]:
@@ -71,6 +74,20 @@ def _views(iov: int, count: int) -> list[memoryview]:
         memory = (ctypes.c_ubyte * load64(iov + i * 16 + 8)).from_address(load64(iov + i * 16))
         views.append(memoryview(memory).cast("B"))
     return views
+
+
+def chain_in(slot: int, record: Any) -> Chain:
+    """The chain that was walked into `slot` (`blocks.SLOT_*`), of the ring with this record."""
+    iov = load64(slot + blocks.SLOT_IOV)
+    outs, ins = load64(slot + blocks.SLOT_OUT), load64(slot + blocks.SLOT_IN)
+    behind = iov + 16 * outs
+    return Chain(
+        load64(slot + blocks.SLOT_HEAD),
+        _views(iov, outs),
+        _views(behind, ins),
+        "big" if (sys.byteorder == "big") != bool(record["swap"]) else "little",
+        tuple((load64(behind + 16 * i + blocks.IOV_LOG), load64(behind + 16 * i + 8)) for i in range(ins)),
+    )
 
 
 class PythonRing:
@@ -86,6 +103,8 @@ class PythonRing:
         self.record["row"] = row.ctypes.data
         self.record["call_fd"] = self.record["err_fd"] = self.record["log_fd"] = -1
         self._kick = -1
+        #: Chains whose handler has not finished them.
+        self._pending: set[Chain] = set()
         #: Called when the ring waits for the IOTLB.
         self.on_wait: Callable[[], None] | None = None
 
@@ -111,6 +130,27 @@ class PythonRing:
         if self._kick >= 0:
             self._poller.unregister(self._kick)
         self._kick = -1
+        self._pending.clear()
+
+    @property
+    def in_flight(self) -> int:
+        """How many chains wait for `finish`."""
+        return len(self._pending)
+
+    def finish(self, chain: Chain, written: int) -> None:
+        """Uses a chain whose handler answered None. Nothing, if its ring has stopped since."""
+        if chain not in self._pending:
+            return
+        self._pending.remove(chain)
+        record = self.record
+        use(record, chain.head, written)
+        if record["log_data"]:
+            left = written
+            for address, size in chain.logged:
+                mark(record["log_data"], record["log_bytes"], address, min(size, left))
+                left = max(left - size, 0)
+        self._row[blocks.C_PACKETS // 8] += 1
+        publish(record)
 
     def look(self) -> None:
         """Looks at it soon."""
@@ -145,31 +185,55 @@ class PythonRing:
                 if found == 0:
                     return
             if found < 0:
-                if stop_at_fault(record):
-                    record["fault_told"] = 1
-                    if record["fault"] == blocks.IOTLB_MISS:
-                        self._waits()
-                    else:
-                        _log.error("%s: stopped: %s", self.name, faults.describe(record))
+                self._stopped_at_fault()
                 return
             self._handle(self._batch.ctypes.data)
         self._poller.call_soon_threadsafe(self._serve)
 
+    def _stopped_at_fault(self) -> None:
+        record = self.record
+        if record["running"] and record["fault"] and stop_at_fault(record):
+            record["fault_told"] = 1
+            if record["fault"] == blocks.IOTLB_MISS:
+                self._waits()
+            else:
+                _log.error("%s: stopped: %s", self.name, faults.describe(record))
+
     def _handle(self, slot: int) -> None:
-        iov = load64(slot + blocks.SLOT_IOV)
-        out_pieces = load64(slot + blocks.SLOT_OUT)
-        chain = Chain(
-            load64(slot + blocks.SLOT_HEAD),
-            _views(iov, out_pieces),
-            _views(iov + 16 * out_pieces, load64(slot + blocks.SLOT_IN)),
-            "big" if (sys.byteorder == "big") != bool(self.record["swap"]) else "little",
-        )
+        chain = chain_in(slot, self.record)
+        take(self.record, 1)
+        self._pending.add(chain)
         try:
             written = self._handler(chain)
         except Exception:
             _log.exception("%s: chain %d", self.name, chain.head)
             written = 0
-        take(self.record, 1)
-        use_written(self.record, slot, written)
-        self._row[blocks.C_PACKETS // 8] += 1
-        publish(self.record)
+        if written is not None:
+            self.finish(chain, written)
+
+
+class BufferRing(PythonRing):
+    """A place whose chains are taken when there is something to put into them, as events are."""
+
+    def __init__(self, name: str, poller: Poller, row: Int64s) -> None:
+        super().__init__(name, lambda chain: 0, poller, row)
+
+    def put(self, data: bytes) -> bool:
+        """Puts `data` into the driver's next buffer; False if there is none that it fits into."""
+        record = self.record
+        if not record["running"] or collect(record, self._batch.ctypes.data, 0, 1, 0, 0) <= 0:
+            self._stopped_at_fault()
+            return False
+        chain = chain_in(self._batch.ctypes.data, record)
+        take(record, 1)
+        self._pending.add(chain)
+        written = chain.write(data)
+        self.finish(chain, written)
+        return written == len(data)
+
+    def _serve(self) -> None:
+        if self.on_buffers is not None:
+            self.on_buffers()
+
+    #: Called when the driver has kicked: there may be buffers now.
+    on_buffers: Callable[[], None] | None = None
