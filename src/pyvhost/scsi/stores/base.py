@@ -58,6 +58,9 @@ class Store(ABC):
         self.size = 0
         #: 512 or 4096: what a logical block is to be unless somebody says otherwise.
         self.block_size = 512
+        #: Whether it is there. A store behind a network may not be yet when `open` returns: `on_state(True)` then
+        #: tells when it is, and only then `size` and the rest of what follows are true.
+        self.online = True
         #: No operation that changes anything is taken: EROFS.
         self.read_only = False
         #: There is a volatile cache: what was written is safe only after `flush`, or with `fua`.
