@@ -153,7 +153,6 @@ class Player:
 
     def _add(self, name: str, device: str, flags: int) -> None:
         self._devices[name] = self._open(f"/dev/{device}", flags)
-        self.scene.name_fd(name, self._devices[name].fileno())
 
     def play(self) -> Iterator[Difference]:
         for number, step in enumerate(self.case["steps"]):
@@ -243,7 +242,7 @@ class Player:
             parts = [where(args[name]) for name in names]
             return struct.pack("=II4Q", where(args["index"]), where(args["flags"]), *parts)
         if "fd" in args:
-            return struct.pack("=Ii", where(args["index"]), self.scene.fd(args["fd"]))
+            return struct.pack("=Ii", where(args["index"]), self._fd(args["fd"]))
         if "num" in args:
             return struct.pack("=II", where(args["index"]), where(args["num"]))
         if "value" in args:
@@ -253,8 +252,13 @@ class Player:
     def _value(self, step: Step, value: int | str) -> bytes:
         size = len(step["arg_hex"]) // 2
         if size == 4 and step["ioctl"] == "VHOST_SET_LOG_FD":
-            return struct.pack("=i", self.scene.fd(value))
+            return struct.pack("=i", self._fd(value))
         return (self.scene.address(value) % (1 << 8 * size)).to_bytes(size, sys.byteorder)
+
+    def _fd(self, name: int | str) -> int:
+        # Not a duplicate: it would keep the device open.
+        known = self._devices.get(str(name))
+        return self.scene.fd(name) if known is None else known.fileno()
 
     def write(self, step: Step) -> Any:
         return self.device(step).write(self._message(step))
@@ -335,6 +339,7 @@ class Player:
         if op == "mmap":
             mmap.mmap(fd, 4096)
         elif op == "pread":
+            os.set_blocking(fd, True)
             os.pread(fd, 72, 0)
         elif op == "fsync":
             os.fsync(fd)
