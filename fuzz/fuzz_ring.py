@@ -20,7 +20,6 @@ import os
 import random
 import select
 import signal
-import struct
 import sys
 import threading
 import time
@@ -87,8 +86,8 @@ def _race(dice: random.Random, scribble: Any) -> None:
         thread.start()
     try:
         for _ in range(_RACE_ROUNDS):
-            last = int(scene.ring["last_avail"])
-            scene.avail.put(2, struct.pack("<H", (last + scene.num) & 0xFFFF))
+            scene.last = int(scene.ring["last_avail"])
+            scene.offer(scene.num)
             plain = dice.choice((0, WRITE))
             made = int(scene.kernels.collect(scene.ring, scene.batch.address, 0, blocks.SLOTS, plain, 2))
             scene.check_ranges(max(made, 0))

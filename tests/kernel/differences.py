@@ -103,6 +103,11 @@ DIFFERENCES = (
         _is_second_miss,
     ),
     Named(
+        "asks-at-once",
+        "a running ring that loses its parts, by INVALIDATE or by ACCESS_PLATFORM, asks for them at once and not at "
+        "its next kick or packet",
+    ),
+    Named(
         "no-file",
         "what is opened is an object: its descriptor is to be polled, and nothing else",
         _is_file,

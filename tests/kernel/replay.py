@@ -39,6 +39,7 @@ if __name__ == "__main__":
 from kernel.scene import Scene
 
 RECORDED = Path(__file__).parent / "recorded" / "kernel-answers.json"
+SEQUENCES = Path(__file__).parent / "recorded" / "sequences.json"
 IN, RDNORM = 0x1, 0x40
 #: How long something that is recorded may take to come, in seconds, where a worker has to run first.
 PATIENCE = 20.0
@@ -113,6 +114,12 @@ def recorded() -> list[Case]:
     return found
 
 
+def sequences() -> list[Case]:
+    """Ioctls of vhost-net in an order that was drawn by lot, and what the kernel answered to each."""
+    found: list[Case] = json.loads(SEQUENCES.read_text())["cases"]
+    return found
+
+
 def cases(device: str) -> list[Case]:
     """The cases that were recorded for a device: "vhost-net", "vhost-scsi", "vhost-vsock"."""
     return [case for case in recorded() if case["device"] == device]
@@ -153,7 +160,6 @@ class Player:
 
     def _add(self, name: str, device: str, flags: int) -> None:
         self._devices[name] = self._open(f"/dev/{device}", flags)
-        self.scene.name_fd(name, self._devices[name].fileno())
 
     def play(self) -> Iterator[Difference]:
         for number, step in enumerate(self.case["steps"]):
@@ -243,7 +249,7 @@ class Player:
             parts = [where(args[name]) for name in names]
             return struct.pack("=II4Q", where(args["index"]), where(args["flags"]), *parts)
         if "fd" in args:
-            return struct.pack("=Ii", where(args["index"]), self.scene.fd(args["fd"]))
+            return struct.pack("=Ii", where(args["index"]), self._fd(args["fd"]))
         if "num" in args:
             return struct.pack("=II", where(args["index"]), where(args["num"]))
         if "value" in args:
@@ -253,8 +259,13 @@ class Player:
     def _value(self, step: Step, value: int | str) -> bytes:
         size = len(step["arg_hex"]) // 2
         if size == 4 and step["ioctl"] == "VHOST_SET_LOG_FD":
-            return struct.pack("=i", self.scene.fd(value))
+            return struct.pack("=i", self._fd(value))
         return (self.scene.address(value) % (1 << 8 * size)).to_bytes(size, sys.byteorder)
+
+    def _fd(self, name: int | str) -> int:
+        # Not a duplicate: it would keep the device open.
+        known = self._devices.get(str(name))
+        return self.scene.fd(name) if known is None else known.fileno()
 
     def write(self, step: Step) -> Any:
         return self.device(step).write(self._message(step))
@@ -335,6 +346,7 @@ class Player:
         if op == "mmap":
             mmap.mmap(fd, 4096)
         elif op == "pread":
+            os.set_blocking(fd, True)
             os.pread(fd, 72, 0)
         elif op == "fsync":
             os.fsync(fd)
@@ -422,6 +434,8 @@ def _agrees(step: Step, got: Any) -> bool:
 
 def _recorded_base(case: Case) -> int:
     """Where "mem" lay when a case was recorded; 0: it can't be told."""
+    if "mem" in case:
+        return int(case["mem"])
     for step in case["steps"]:
         args = step.get("args") or {}
         for region in args.get("regions", ()):
@@ -435,7 +449,7 @@ def _recorded_base(case: Case) -> int:
 def main(parts: list[str]) -> int:
     """Replays what has one of `parts` in its name against this kernel; 1 if anything is different."""
     different = 0
-    for case in recorded():
+    for case in [*recorded(), *sequences()]:
         if os.path.exists(f"/dev/{case['device']}") and (not parts or any(p in case["case"] for p in parts)):
             found = replay(case, KernelFile, pause=0.2)
             different += bool(found)

@@ -40,7 +40,7 @@ _TAPS = {
 class Area:
     """Private memory with a page behind it that can't be touched."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
         self.size = size
         self._map = mmap.mmap(-1, size + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = ctypes.c_char.from_buffer(self._map)
@@ -48,8 +48,9 @@ class Area:
         del view
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if libc.mprotect(self.address + size, 4096, 0):
-            raise OSError(ctypes.get_errno(), "mprotect")
+        for start, length, rights in ((self.address, size, protection), (self.address + size, 4096, 0)):
+            if libc.mprotect(start, length, rights):
+                raise OSError(ctypes.get_errno(), "mprotect")
 
     def at_the_end(self, data: bytes) -> int:
         """Puts `data` so that the byte behind it can't be read; where it begins."""
@@ -73,9 +74,9 @@ class Scene:
         self.mem = Area(MEM_SIZE)
         self.log = Area(LOG_SIZE)
         self.argument = Area(64 << 10)
-        hole = Area(1 << 20)
-        self.unmapped = hole.address
-        hole.close()
+        # Kept, so that nothing comes to lie there: to whoever reads or writes it is as if nothing did.
+        self._hole = Area(1 << 20, protection=0)
+        self.unmapped = self._hole.address
         self._fds: dict[str, int] = {}
 
     # --- addresses ------------------------------------------------------------------------------------
@@ -111,10 +112,6 @@ class Scene:
         if name not in self._fds:
             self._fds[name] = self._open(name)
         return self._fds[name]
-
-    def name_fd(self, name: str, fd: int) -> None:
-        """Gives a descriptor of somebody else's a name."""
-        self._fds[name] = os.dup(fd)
 
     def _open(self, name: str) -> int:
         if name in _TAPS:
@@ -177,5 +174,5 @@ class Scene:
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
-        for area in (self.mem, self.log, self.argument):
+        for area in (self.mem, self.log, self.argument, self._hole):
             area.close()

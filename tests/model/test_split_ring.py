@@ -191,3 +191,38 @@ def test_a_call_is_not_lost_after_65536_that_were_not_asked_about(bench: Bench) 
         assert show(2, emptied=False)
     finally:
         os.close(event)
+
+
+def test_used_elements_that_overtake_each_other_are_logged_inside_their_ring(bench: Bench) -> None:
+    # Chains of a former life, and a driver that has nevertheless filled its ring.
+    heads, inflight, log = Guarded(8 * 64), Guarded(16 + 16 * 64), Guarded(4)
+    heads.put(0, struct.pack("<64q", *range(64)))
+    for index in range(64):
+        bench.describe(index, 0, 64)
+    bench.offer(64)
+    bench.ring["used_idx"] = bench.ring["published"] = 40
+    bench.ring["replay"], bench.ring["replay_left"] = heads.address, 64
+    bench.ring["inflight"] = inflight.address
+    bench.ring["log_used"], bench.ring["log_bytes"] = log.address, log.size
+    # The elements end with a page.
+    bench.ring["log_used_at"] = 2 * 4096 - 4 - 8 * 64
+    assert bench.collect(0, 128) == 128
+    split_ring.use_batch(bench.ring, bench.batch.address, 128)
+    split_ring.publish(bench.ring)
+    assert log.get() == b"\2\0\0\0"
+
+
+def test_a_chain_that_is_too_long_leaves_no_entry_that_was_not_looked_at(bench: Bench) -> None:
+    # The longest chain's last piece is one more, and lies in an entry that may only be read; then comes a write.
+    end = 1 << 20
+    limited = np.array([(end, 4096, bench.memory.address, 0, 1)], dtype=np.int64)
+    table = np.concatenate([bench.table, limited])
+    bench.ring["regions"], bench.ring["region_count"], bench.ring["iotlb"] = table.ctypes.data, 2, 1
+    bench.chain_of(0, blocks.MAX_CHAIN)
+    last = 16 * (blocks.MAX_CHAIN - 1)
+    bench.memory.put((1 << 16) + last, DESCRIPTOR.pack(end - 1, 2, 0, 0))
+    bench.describe(1, end, 64, WRITE)
+    bench.offer(1)
+    assert bench.collect(0, 1) == -blocks.FAULT_TOO_LONG
+    bench.avail.put(4, struct.pack("<H", 1))
+    assert bench.collect(0, 1, WRITE) == -blocks.FAULT_PERMISSION

@@ -101,7 +101,8 @@ def log_elements(ring: Record, first: int, end: int) -> None:
     """Logs used elements `first` to `end` (indices modulo 65536) and the used index."""
     mask = ring["num"] - 1
     at = first & mask
-    news = (end - first) & 0xFFFF
+    # With chains of a former life it can be more than the ring has.
+    news = min((end - first) & 0xFFFF, ring["num"])
     run = min(news, ring["num"] - at)
     log_used(ring, 4 + 8 * at, 8 * run)
     if news > run:

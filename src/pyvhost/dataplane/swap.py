@@ -22,8 +22,9 @@ def swap32(value: int) -> int:
 
 @inline
 def swap64(value: int) -> int:
-    """64 bits with their bytes turned round."""
-    return swap32(value) << 32 | swap32((value >> 32) & 0xFFFFFFFF)
+    """64 bits with their bytes turned round, signed as `load64` has them."""
+    high = swap32(value)
+    return (high - ((high & 0x80000000) << 1)) << 32 | swap32((value >> 32) & 0xFFFFFFFF)
 
 
 @inline

@@ -42,10 +42,12 @@ _BIT_30 = 1 << abi.F_PROTOCOL_FEATURES
 
 class VhostUserFrontend(VhostUserSocket):
     """A vhost-user front end. With `inflight` set to a table (`get_inflight`, of this or of an earlier
-    connection) the back end gets it before its first ring starts; the table stays the caller's.
+    connection) the back end gets it before its first ring starts; the table stays the caller's. With
+    `inflight_size` set, (rings, entries), a table is asked for then if there is none.
     """
 
     inflight: Inflight | None = None
+    inflight_size: tuple[int, int] | None = None
     _inflight_given = False
 
     # --- the device as a whole ---------------------------------------------------------------------------
@@ -235,6 +237,8 @@ class VhostUserFrontend(VhostUserSocket):
         negotiated.
         """
         ring = queue.ring
+        if self.inflight is None and self.inflight_size is not None:
+            self.inflight = self.get_inflight(*self.inflight_size)
         if self.inflight is not None and not self._inflight_given:
             self.set_inflight(self.inflight)
             self._inflight_given = True

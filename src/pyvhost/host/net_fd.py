@@ -33,14 +33,17 @@ def require(fd: int) -> None:
         raise OSError(errno.ENOTSOCK, f"descriptor {fd} is neither a tap nor a packet socket of type RAW")
 
 
-def ready(fd: int) -> int:
-    """What poll(2) says of it now. OSError EINVAL: that it is of no use, as a tap without an interface is."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN | select.POLLOUT)
-    events = dict(poll.poll(0)).get(fd, 0)
-    if events & select.POLLERR:
+def poll(fd: int) -> int:
+    """What poll(2) says of it now."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN | select.POLLOUT)
+    return dict(poller.poll(0)).get(fd, 0)
+
+
+def ready(fd: int) -> None:
+    """OSError EINVAL: poll(2) says that it is of no use, as it does of a tap without an interface."""
+    if poll(fd) & select.POLLERR:
         raise OSError(errno.EINVAL, f"descriptor {fd} has an error waiting, or is a tap without an interface")
-    return events
 
 
 def header_size(fd: int) -> int:

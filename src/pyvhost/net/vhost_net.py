@@ -204,37 +204,22 @@ class VhostNet(KernelDevice):
         self._host(net_fd.require, fd)
         if port.fd >= 0 and net_fd.same(port.fd, fd):
             return
-        former = os.dup(port.fd) if port.fd >= 0 else -1
-        try:
-            if former >= 0:
-                self.unbind(index)
-            self._bind(index, os.dup(fd))
-        except OSError:
-            # The one before stays.
-            if former >= 0:
-                self._bind(index, former)
-                former = -1
-            raise
-        finally:
-            close(former)
+        # All that can be refused comes first: the one before stays then.
+        self.prepare(index)
+        self._host(net_fd.ready, fd)
+        taken = os.dup(fd)
+        if self.is_bound(index):
+            self.unbind(index)
+        self._bind(index, taken)
 
     def _bind(self, index: int, fd: int) -> None:
+        """Binds a ring that is not bound to a descriptor, now the port's."""
         port = self._ports[index]
-        try:
-            self.prepare(index)
-            events = self._host(net_fd.ready, fd)
-            port.use_fd(fd)
-        except OSError:
-            close(fd)
-            raise
-        try:
-            with port.worker.paused():
-                port.negotiated(self.acked_features)
-            look = events & (select.POLLOUT if index else select.POLLIN)
-            self.bind(index, look=bool(look))
-        except OSError:
-            port.use_fd(-1)
-            raise
+        port.use_fd(fd)
+        with port.worker.paused():
+            port.negotiated(self.acked_features)
+        events = self._host(net_fd.poll, fd)
+        self.bind(index, look=bool(events & (select.POLLOUT if index else select.POLLIN)))
 
     def backend_fault(self, index: int, code: int) -> None:
         """The host's fault at a descriptor. In the worker's thread."""

@@ -52,7 +52,7 @@ class KernelDevice(Device):
         self._owner = 0
         #: The table as it was handed over; None: there never was one, and no ring can be bound.
         self._regions: list[MemoryRegion] | None = None
-        self._log_base = 0
+        self._log_bases: list[int] = []
         #: Rings that the device type has bound to what it serves them with.
         self._bound: set[int] = set()
         self._as_new()
@@ -110,7 +110,7 @@ class KernelDevice(Device):
 
     def _as_new(self) -> None:
         self._regions = None
-        self._log_base = 0
+        self._log_bases = [0] * len(self.vrings)
         self.acked_backend_features = 0
         self.fork_from_owner = abi.FORK_OWNER_TASK
         for vring in self.vrings:
@@ -124,8 +124,10 @@ class KernelDevice(Device):
         unknown = bits & ~self.features
         if unknown:
             raise VhostError(errno.EOPNOTSUPP, f"{self.name}: features {unknown:#x} are not offered")
-        if bits & _LOG_ALL and self._bound and not self._table_ok(self._log_base, logging=True):
-            raise self._bad_log(self._log_base)
+        if bits & _LOG_ALL:
+            for index in self._bound:
+                if not self._table_ok(self._log_bases[index], logging=True):
+                    raise self._bad_log(self._log_bases[index])
         super().set_features(bits)
 
     def set_backend_features(self, bits: int) -> None:
@@ -145,18 +147,21 @@ class KernelDevice(Device):
             )
         whole = [part for region in regions for part in self._whole(region)]
         former, self._regions = self._regions, whole
-        if self._bound and not self._table_ok(self._log_base, logging=self._logs_all):
+        if not all(self._table_ok(self._log_bases[i], logging=self._logs_all) for i in self._bound):
             self._regions = former
             raise VhostError(errno.EFAULT, f"{self.name}: the table or its log is not all in user space")
         self._look_again()
 
     def set_log_address(self, address: int) -> None:
         """VHOST_SET_LOG_BASE with a pointer. EFAULT: a bound ring would log where user space has ended."""
-        for index in sorted(self._bound):
-            if not self._log_ok(index, address):
-                raise self._bad_log(address)
-        self._log_base = address
+        refused = [index for index in self._bound if not self._log_ok(index, address)]
+        # Each ring has it for itself: one that can't take it keeps others from nothing.
+        self._log_bases = [
+            base if index in refused else address for index, base in enumerate(self._log_bases)
+        ]
         self._use_log()
+        if refused:
+            raise self._bad_log(address)
 
     @property
     def _logs_all(self) -> bool:
@@ -211,7 +216,9 @@ class KernelDevice(Device):
     def _use_log(self) -> None:
         tops = [region.guest_phys_addr + region.memory_size for region in self._regions or ()]
         tops += [vring.log + self._sizes(vring.index)[2] for vring in self.vrings if vring.flags]
-        self.set_log_base(DirtyLog.at(self._log_base, maps.usable, max(tops, default=0)))
+        # What is written is written to one log: the first bound ring's.
+        base = self._log_bases[min(self._bound, default=0)]
+        self.set_log_base(DirtyLog.at(base, maps.usable, max(tops, default=0)))
 
     def _bad_log(self, address: int) -> VhostError:
         return VhostError(errno.EFAULT, f"{self.name}: a log at {address:#x} would leave user space")
@@ -233,7 +240,7 @@ class KernelDevice(Device):
             parts = zip((desc_user_addr, avail_user_addr, used_user_addr), self._sizes(index), strict=True)
             if not self.has_iotlb and not all(maps.access_ok(at, size) for at, size in parts):
                 raise VhostError(errno.EINVAL, f"{self.name}: vring {index}: a part is not in user space")
-            if not self._used_log_ok(index, flags, log_guest_addr, self._log_base):
+            if not self._used_log_ok(index, flags, log_guest_addr, self._log_bases[index]):
                 raise VhostError(errno.EINVAL, f"{self.name}: vring {index}: its log is not in user space")
         super().set_vring_addr(index, flags, desc_user_addr, used_user_addr, avail_user_addr, log_guest_addr)
         if flags:
@@ -271,7 +278,7 @@ class KernelDevice(Device):
 
     def check_access(self, index: int) -> None:
         """What is looked at before a ring is bound or unbound. EFAULT: no table, or addresses not in user space."""
-        if not self._log_ok(index, self._log_base):
+        if not self._log_ok(index, self._log_bases[index]):
             raise VhostError(
                 errno.EFAULT,
                 f"{self.name}: vring {index}: no memory table, or it or the log leaves user space",

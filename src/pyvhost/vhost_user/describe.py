@@ -209,13 +209,12 @@ def _fields(message: Message, payload: Payload) -> str:
             text = f"{_IOTLB_TYPES.get(kind, f'type={kind}')} iova={iova:#x}"
             if kind not in (vhost.IOTLB_MISS, vhost.IOTLB_ACCESS_FAIL) or size:
                 text += f" size={size:#x}"
+            if kind == vhost.IOTLB_INVALIDATE:
+                # QEMU leaves what is not used as it was on its stack.
+                return text
             if kind == vhost.IOTLB_UPDATE or uaddr:
                 text += f" uaddr={uaddr:#x}"
-            return (
-                text
-                if kind == vhost.IOTLB_INVALIDATE and not perm
-                else f"{text} perm={_ACCESS.get(perm, perm)}"
-            )
+            return f"{text} perm={_ACCESS.get(perm, perm)}"
         case Config(offset, flags, data):
             asked = message.stream is Stream.REQUEST and message.request == Request.GET_CONFIG
             return f"offset={offset} size={len(data)} flags={flags:#x}" + ("" if asked else f" {data.hex()}")

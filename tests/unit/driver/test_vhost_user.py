@@ -362,18 +362,19 @@ def test_the_inflight_table_comes_once_and_goes_before_the_first_ring(
     backend.answers = {1: u64(BIT_30), 15: u64(REPLY_ACK | INFLIGHT_SHMFD), 31: INFLIGHT}
     backend.answer_fds[31] = [memfd.create("inflight", 8192)]
     frontend.negotiate(0)
-    with frontend.get_inflight(2, 64) as table:
+    frontend.inflight_size = (2, 64)
+    backend.came.clear()
+    with GuestMemory(1 << 16) as memory:
+        for index in range(2):
+            with Queue(SplitRing(memory, 4)) as queue:
+                frontend.start_ring(index, queue)
+    assert frontend.inflight is not None
+    with frontend.inflight as table:
         assert os.fstat(table.fd).st_size == 8192
-        assert backend.came[-1][2] == struct.pack("=QQHH4x", 0, 0, 2, 64)
-        frontend.inflight = table
-        backend.came.clear()
-        with GuestMemory(1 << 16) as memory:
-            for index in range(2):
-                with Queue(SplitRing(memory, 4)) as queue:
-                    frontend.start_ring(index, queue)
-        assert backend.numbers()[:2] == [32, 8]
-        assert backend.numbers().count(32) == 1
-        assert backend.came[0][2:] == (INFLIGHT, 1)
+        assert backend.came[0][2] == struct.pack("=QQHH4x", 0, 0, 2, 64)
+        assert backend.numbers()[:3] == [31, 32, 8]
+        assert backend.numbers().count(32) == backend.numbers().count(31) == 1
+        assert backend.came[1][2:] == (INFLIGHT, 1)
 
 
 @pytest.mark.parametrize(

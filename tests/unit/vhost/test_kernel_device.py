@@ -368,3 +368,17 @@ def test_another_process_is_not_the_owner(device: Device) -> None:
             ask()
     with refused(errno.EBUSY):
         device.set_owner()
+
+
+def test_each_ring_has_the_log_for_itself(device: Device, memory: Memory) -> None:
+    """As recorded from Linux: a base that a bound ring refuses is the other's all the same."""
+    device.set_mem_table([whole(memory)])
+    bind(device, memory, 1)
+    device.set_features(LOG_ALL)
+    device.set_log_address(memory.at(40))
+    with refused(errno.EFAULT):
+        device.set_log_address(KERNEL)
+    assert log_of(device, 1)[0] == memory.at(40)
+    with refused(errno.EFAULT):
+        device.check_access(0)
+    device.check_access(1)
