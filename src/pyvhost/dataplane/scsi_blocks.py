@@ -32,16 +32,18 @@ QUEUE: Final = int64s(
     # when there is something to do.
     "in_flight",
     "held_back",
+    # Nobody waits for its chains any more, and its ring is not to be touched.
+    "orphan",
     "python_fd",
 )
 
-#: A logical unit: its key (0: free), and what a READ or WRITE needs of it. `FAST`: Python has nothing to say to it.
+#: A logical unit: its key (0: free), and what a READ or WRITE needs of it. `FAST`: what Python has nothing to say
+#: to (`FAST_READ`, `FAST_WRITE`).
 UNIT_KEY: Final = 0
 UNIT_FAST: Final = 8
 UNIT_FD: Final = 16
 UNIT_SHIFT: Final = 24
 UNIT_BLOCKS: Final = 32
-UNIT_WRITABLE: Final = 40
 #: Every write goes to the medium: there is no cache, or it is switched off.
 UNIT_DSYNC: Final = 48
 UNIT_ROW: Final = 56
@@ -50,6 +52,10 @@ UNIT_BYTES: Final = 128
 #: The key of unit `lun` of `target`: this bit and the two numbers.
 UNIT_VALID: Final = 1 << 32
 UNIT_PROBES: Final = 16
+#: A key that was taken out: the search goes on behind it.
+UNIT_GONE: Final = 1
+FAST_READ: Final = 1
+FAST_WRITE: Final = 2
 
 #: An operation under way.
 OP_STATE: Final = 0

@@ -45,6 +45,8 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_TODO_TAKEN,
     ENTRIES,
     ENTRY_BYTES,
+    FAST_READ,
+    FAST_WRITE,
     OP_ABORT,
     OP_BYTES,
     OP_EXPECTED,
@@ -77,7 +79,6 @@ from pyvhost.dataplane.scsi_blocks import (
     UNIT_PROBES,
     UNIT_SHIFT,
     UNIT_VALID,
-    UNIT_WRITABLE,
 )
 from pyvhost.dataplane.swap import swap16, swap32, swap64
 from pyvhost.dataplane.uring import OP_READV, OP_WRITEV, push
@@ -156,7 +157,7 @@ def start(worker: Record, queue: Record, ring_index: int, ring: Record, slot: in
         return False
     at = load64(request)
     unit = find_unit(queue["units"], queue["unit_mask"], load64(at))
-    if unit == 0 or not load64(unit + UNIT_FAST) or load8(at + REQUEST_ATTRIBUTE) != S_SIMPLE:
+    if unit == 0 or load8(at + REQUEST_ATTRIBUTE) != S_SIMPLE:
         return False
     cdb = at + REQUEST_CDB
     opcode = load8(cdb)
@@ -195,11 +196,11 @@ def start(worker: Record, queue: Record, ring_index: int, ring: Record, slot: in
     if lba >= capacity or blocks > capacity - lba or length > _MAX_TRANSFER:
         return False
     writes = kind == 0x0A
+    if load64(unit + UNIT_FAST) & (FAST_WRITE if writes else FAST_READ) == 0:
+        return False
     out_bytes = load64(slot + SLOT_OUT_BYTES) - header
     in_bytes = load64(slot + SLOT_IN_BYTES) - RESPONSE_BYTES
     if out_bytes != (length if writes else 0) or in_bytes != (0 if writes else length):
-        return False
-    if writes and not load64(unit + UNIT_WRITABLE):
         return False
     op = load64(disks + DISKS_OPS) + number * OP_BYTES
     # What is logged when it is done: the response, and the data of a READ.

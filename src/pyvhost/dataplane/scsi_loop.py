@@ -78,10 +78,12 @@ from pyvhost.dataplane.uring import consume, next_completion, submit
 def _used(rings: Records, queues: Records, index: int, head: int, written: int) -> None:
     """Uses a chain; it is shown at the end of the turn."""
     ring = rings[index]
-    use(ring, head, written)
-    listed(ring, head)
-    queues[ring["port"]]["in_flight"] -= 1
-    ring["unshown"] = 1
+    queue = queues[ring["port"]]
+    queue["in_flight"] -= 1
+    if not queue["orphan"]:
+        use(ring, head, written)
+        listed(ring, head)
+        ring["unshown"] = 1
 
 
 @kernel
@@ -154,7 +156,7 @@ def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
         head = load64(op + OP_HEAD)
         ring = rings[index]
         abort = load64(op + OP_ABORT)
-        if abort == 0 and result != load64(op + OP_EXPECTED):
+        if abort == 0 and result != load64(op + OP_EXPECTED) and not queues[ring["port"]]["orphan"]:
             # What the host failed, or did in part, is Python's to do again and to explain.
             tell(disks, TODO_FAILED, index, head, -result if result < 0 else 0)
             signal(queues[ring["port"]]["python_fd"])
@@ -163,13 +165,26 @@ def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
                 _count_io(op, now)
             else:
                 store64(op + OP_WRITTEN, RESPONSE_BYTES)
-            respond(ring, op, abort)
+            if not queues[ring["port"]]["orphan"]:
+                respond(ring, op, abort)
             _used(rings, queues, index, head, load64(op + OP_WRITTEN))
             if abort:
                 tell(disks, TODO_ENDED, index, head, number)
                 signal(queues[ring["port"]]["python_fd"])
         give_back(disks, op, number)
         _activate(worker, rings, queues, ring["port"])
+
+
+@kernel
+def sweep(worker: Record, rings: Records, queues: Records, index: int) -> int:
+    """Takes all that is available in a queue, for Python, while the loop is out; how many chains."""
+    clock = worker["scratch"] + SCRATCH_CLOCK
+    took = 0
+    while True:
+        more = _take(worker, rings, queues, index, clock_ns(clock))
+        if more <= 0:
+            return took
+        took += more
 
 
 @kernel

@@ -21,7 +21,7 @@ from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.access import load64, store64
 from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.plain import load64_acquire, store64_release
-from pyvhost.dataplane.scsi_loop import scsi_loop
+from pyvhost.dataplane.scsi_loop import scsi_loop, sweep
 from pyvhost.dataplane.walk import walk
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
@@ -172,6 +172,7 @@ class Plane:
             "the scsi data plane",
             [
                 (scsi_loop, (worker, rings, queues)),
+                (sweep, (worker, rings, queues, 0)),
                 (walk, (ring, 0, 0, 0, 0)),
                 (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
