@@ -172,7 +172,7 @@ class Plane:
             "the scsi data plane",
             [
                 (scsi_loop, (worker, rings, queues)),
-                (sweep, (worker, rings, queues, 0)),
+                (sweep, (worker[0], rings, queues, 0)),
                 (walk, (ring, 0, 0, 0, 0)),
                 (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
