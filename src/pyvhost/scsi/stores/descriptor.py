@@ -89,7 +89,9 @@ class DescriptorStore(Store):
         if pool.close(CLOSE_WAITS):
             os.close(fd)
         else:
-            _log.warning("%s: a call on it hasn't come back; its descriptor stays open until the end", self.spec)
+            _log.warning(
+                "%s: a call on it hasn't come back; its descriptor stays open until the end", self.spec
+            )
 
     def read(self, offset: int, views: list[memoryview], done: Done) -> None:
         """Fill `views`, one after the other, from `offset` on."""
@@ -116,7 +118,8 @@ class DescriptorStore(Store):
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Which parts of the range hold data, as SEEK_DATA and SEEK_HOLE say."""
-        self._submit(offset, length, lambda fd: self._extents(fd, offset, length), done, [])
+        nothing: list[Extent] = []
+        self._submit(offset, length, lambda fd: self._extents(fd, offset, length), done, nothing)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have the control thread call `function()` later. RuntimeError: it was never open."""

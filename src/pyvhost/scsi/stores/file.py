@@ -98,7 +98,9 @@ class FileStore(DescriptorStore):
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise
-            _log.warning("%s: its file system has no locks, so nothing keeps others away: %s", self.path, error)
+            _log.warning(
+                "%s: its file system has no locks, so nothing keeps others away: %s", self.path, error
+            )
 
     def _learn(self, fd: int) -> None:
         found = os.fstat(fd)

@@ -97,6 +97,11 @@ _CALLS: Final[dict[str, tuple[Any, list[Any]]]] = {
 class NbdError(OSError):
     """What libnbd refused, or could not do."""
 
+    @property
+    def words(self) -> str:
+        """What libnbd said about it."""
+        return str(self.strerror)
+
 
 @functools.cache
 def library() -> Any:
@@ -104,7 +109,9 @@ def library() -> Any:
     try:
         found = ctypes.CDLL("libnbd.so.0")
     except OSError as error:
-        raise NbdError(errno.ENOENT, f"libnbd is missing (Debian: apt-get install libnbd0): {error}") from None
+        raise NbdError(
+            errno.ENOENT, f"libnbd is missing (Debian: apt-get install libnbd0): {error}"
+        ) from None
     for name, (result, arguments) in _CALLS.items():
         call = getattr(found, f"nbd_{name}")
         call.restype, call.argtypes = result, arguments
@@ -165,18 +172,18 @@ class Handle:
     @property
     def ready(self) -> bool:
         """Whether commands are taken and none is being sent or received."""
-        return self._library.nbd_aio_is_ready(self._handle) == 1
+        return bool(self._library.nbd_aio_is_ready(self._handle) == 1)
 
     @property
     def connecting(self) -> bool:
         """Whether the handshake is under way."""
-        return self._library.nbd_aio_is_connecting(self._handle) == 1
+        return bool(self._library.nbd_aio_is_connecting(self._handle) == 1)
 
     @property
     def dead(self) -> bool:
         """Whether the connection is at an end."""
         library, handle = self._library, self._handle
-        return library.nbd_aio_is_dead(handle) == 1 or library.nbd_aio_is_closed(handle) == 1
+        return bool(library.nbd_aio_is_dead(handle) == 1 or library.nbd_aio_is_closed(handle) == 1)
 
     # --- what was negotiated -----------------------------------------------------------------------
 
@@ -261,4 +268,6 @@ class Handle:
 
     def _error(self) -> NbdError:
         words = self._library.nbd_get_error()
-        return NbdError(self._library.nbd_get_errno() or errno.EIO, (words or b"no reason given").decode(errors="replace"))
+        return NbdError(
+            self._library.nbd_get_errno() or errno.EIO, (words or b"no reason given").decode(errors="replace")
+        )

@@ -24,10 +24,10 @@ from typing import Final
 
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.scsi.stores import libnbd
-from pyvhost.scsi.stores.base import Done, Extent, ExtentsDone, ExtentState, Store
+from pyvhost.scsi.stores.base import Done, ExtentsDone, Store
 from pyvhost.scsi.stores.failures import told
 from pyvhost.scsi.stores.pool import Pool
-from pyvhost.scsi.stores.requests import Kind, Piece, Request, ranges, transfer
+from pyvhost.scsi.stores.requests import Kind, Piece, Request, ranges, transfer, understood
 from pyvhost.scsi.stores.views import address, flat, total
 
 #: Seconds without progress after which a request ends.
@@ -40,7 +40,6 @@ _FLYING: Final = 128
 _MOST: Final = 32 << 20
 _MOST_ZEROED: Final = 64 << 20
 _MOST_TOLD: Final = 1 << 30
-_EXTENTS: Final = 512
 
 _log = logging.getLogger(__name__)
 _zeroes = memoryview(mmap.mmap(-1, 1 << 20))
@@ -117,7 +116,7 @@ class NbdStore(Store):
             try:
                 handle.disconnect()
             except libnbd.NbdError as error:
-                _log.debug("%s: %s", self.spec, error.strerror)
+                _log.debug("%s: %s", self.spec, error.words)
         self._drop()
         self.online = False
         self.trouble = "not open"
@@ -164,7 +163,7 @@ class NbdStore(Store):
         self._ask(request, pieces)
 
     def discard(self, offset: int, length: int, done: Done) -> None:
-        """The range reads as zeroes, and its space is given back if the server does that (a trim promises neither)."""
+        """The range reads as zeroes, and its space is given back if the server does that: a trim promises neither."""
         self.zero(offset, length, done, unmap=True)
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
@@ -175,7 +174,7 @@ class NbdStore(Store):
         pieces: list[Piece] = []
 
         def finished(number: int) -> None:
-            done(number, [] if number else self._understood(offset, length, pieces[0].answer))
+            done(number, [] if number else understood(offset, length, pieces[0].answer, self.block_size))
 
         request = self._request(offset, length, finished)
         if request is not None:
@@ -258,21 +257,6 @@ class NbdStore(Store):
             except Exception:
                 _log.exception("%s: the end of a request", self.spec)
 
-    def _understood(self, offset: int, length: int, answer: list[tuple[int, int]]) -> list[Extent]:
-        found: list[Extent] = []
-        end = offset + length
-        for count, flags in answer:
-            # Only whole blocks: one that isn't free as a whole is in use.
-            count = min(count, end - offset)
-            free = flags & libnbd.HOLE and flags & libnbd.ZERO and not (offset | count) % self.block_size
-            state = ExtentState.DEALLOCATED if free else ExtentState.MAPPED
-            if found and found[-1][2] is state:
-                found[-1] = (found[-1][0], found[-1][1] + count, state)
-            elif count > 0 and len(found) < _EXTENTS:
-                found.append((offset, count, state))
-            offset += count
-        return found or [(offset, length, ExtentState.MAPPED)]
-
     # --- the clock ---------------------------------------------------------------------------------
 
     def _wind_clock(self, seconds: float) -> None:
@@ -303,17 +287,19 @@ class NbdStore(Store):
         try:
             handle = libnbd.Handle(tls=self._tls)
         except libnbd.NbdError as error:
-            self._lost(error.strerror)
+            self._lost(error.words)
             return
         self._attempt = handle
-        self._again = self._poller.call_later(max(1.0, self._timeout / 2), lambda: self._lost("no connection in time"))
+        self._again = self._poller.call_later(
+            max(1.0, self._timeout / 2), lambda: self._lost("no connection in time")
+        )
 
         def job() -> None:  # it looks names up, which may take its time
             why = None
             try:
                 handle.connect(self.uri)
             except libnbd.NbdError as error:
-                why = error.strerror
+                why = error.words
             self.call_soon(lambda: self._begun(handle, why))
 
         self._pool.submit(job)
@@ -340,7 +326,7 @@ class NbdStore(Store):
         try:
             handle.notify(bool(over or mask & select.EPOLLIN), bool(over or mask & select.EPOLLOUT))
         except libnbd.NbdError as error:
-            why = error.strerror
+            why = error.words
         self._go_on(why)
 
     def _go_on(self, why: str = "") -> None:
@@ -360,7 +346,7 @@ class NbdStore(Store):
         try:
             self._issue(handle)
         except libnbd.NbdError as error:
-            self._lost(error.strerror)
+            self._lost(error.words)
             return
         self._watch(handle)
 
@@ -390,7 +376,7 @@ class NbdStore(Store):
                 if handle.dead:
                     raise
                 self._queue.popleft()
-                _log.warning("%s: %s", self.spec, error.strerror)
+                _log.warning("%s: %s", self.spec, error.words)
                 self._piece_ended(piece, errno.EIO)
                 continue
             self._queue.popleft()

@@ -8,8 +8,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+from pyvhost.scsi.stores import libnbd
+from pyvhost.scsi.stores.base import Extent, ExtentState
 from pyvhost.scsi.stores.views import address, advance, flat, gather, scatter, take, total
+
+#: Extents that one answer holds at most.
+_EXTENTS: Final = 512
 
 
 class Kind(enum.Enum):
@@ -68,7 +74,14 @@ def runs(views: list[memoryview], most: int) -> list[tuple[int, int, list[memory
 
 
 def transfer(
-    request: Request, kind: Kind, offset: int, views: list[memoryview], *, block: int, most: int, flags: int = 0
+    request: Request,
+    kind: Kind,
+    offset: int,
+    views: list[memoryview],
+    *,
+    block: int,
+    most: int,
+    flags: int = 0,
 ) -> list[Piece]:
     """The pieces that read or write `views`, each a multiple of `block` bytes and no longer than `most`.
 
@@ -88,7 +101,12 @@ def transfer(
             parts.append((address(copy), copy.nbytes, [copy]))
             rest = advance(rest, copy.nbytes)
         if kind is Kind.READ:
-            request.finish = lambda: [scatter(copy, some) for copy, some in copies]
+
+            def finish() -> None:
+                for copy, some in copies:
+                    scatter(copy, some)
+
+            request.finish = finish
     pieces = []
     for where, length, held in parts:
         pieces.append(Piece(request, kind, offset, length, where, flags, held))
@@ -96,9 +114,28 @@ def transfer(
     return pieces
 
 
-def ranges(request: Request, kind: Kind, offset: int, length: int, *, most: int, flags: int = 0) -> list[Piece]:
+def ranges(
+    request: Request, kind: Kind, offset: int, length: int, *, most: int, flags: int = 0
+) -> list[Piece]:
     """The pieces that do something to a range, none longer than `most` bytes."""
     end = offset + length
-    return [
-        Piece(request, kind, at, min(most, end - at), 0, flags) for at in range(offset, end, most)
-    ]
+    return [Piece(request, kind, at, min(most, end - at), 0, flags) for at in range(offset, end, most)]
+
+
+def understood(offset: int, length: int, answer: list[tuple[int, int]], block: int) -> list[Extent]:
+    """The extents that a STATUS piece was told, as far as they lie in the range."""
+    found: list[Extent] = []
+    end = offset + length
+    for count, flags in answer:
+        count = min(count, end - offset)
+        # Only whole blocks are free, and only what reads as zeroes.
+        free = flags & libnbd.HOLE and flags & libnbd.ZERO and not (offset | count) % block
+        state = ExtentState.DEALLOCATED if free else ExtentState.MAPPED
+        if found and found[-1][2] is state:
+            found[-1] = (found[-1][0], found[-1][1] + count, state)
+        elif count > 0 and len(found) < _EXTENTS:
+            found.append((offset, count, state))
+        elif count > 0:
+            break
+        offset += count
+    return found or [(offset, length, ExtentState.MAPPED)]

@@ -12,7 +12,9 @@ import numpy as np
 
 def flat(views: Sequence[memoryview]) -> list[memoryview]:
     """The same bytes as views of single bytes, without those that are empty."""
-    return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
+    return [
+        view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes
+    ]
 
 
 def total(views: Sequence[memoryview]) -> int:
