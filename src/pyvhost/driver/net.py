@@ -18,21 +18,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from pyvhost.abi import vhost, virtio
+from pyvhost.abi import virtio
 from pyvhost.abi import virtio_net as abi
-from pyvhost.driver.dirty_log import DirtyLog
+from pyvhost.driver.device_driver import DeviceDriver
 from pyvhost.driver.errors import DeviceError, DriverError
-from pyvhost.driver.front_end import FrontEnd, LogFrontEnd
-from pyvhost.driver.iommu import Iommu, IotlbFrontEnd, Miss
+from pyvhost.driver.front_end import FrontEnd
+from pyvhost.driver.iommu import Iommu
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net_control import NetControl
 from pyvhost.driver.net_frame import NetHdr, Received, Shape
-from pyvhost.driver.queue import Queue, wait
+from pyvhost.driver.queue import Queue
 from pyvhost.driver.ring_parts import Buffer, ByteOrder, RingLayout
-from pyvhost.driver.split_ring import SplitRing
 
 FEATURES = (
     1 << virtio.F_VERSION_1
@@ -48,7 +46,6 @@ FEATURES = (
 FRAME_MAX = 65550
 """The largest frame that the header's rules allow: 64 KiB and an Ethernet header (virtio 1.3, 5.1.6.3.1)."""
 
-_STARTED = virtio.CONFIG_S_ACKNOWLEDGE | virtio.CONFIG_S_DRIVER | virtio.CONFIG_S_FEATURES_OK
 _LARGE = 1 << abi.F_GUEST_TSO4 | 1 << abi.F_GUEST_TSO6 | 1 << abi.F_GUEST_UFO
 
 
@@ -59,7 +56,7 @@ class _Room(NamedTuple):
     size: int
 
 
-class NetDriver:
+class NetDriver(DeviceDriver):
     """A driver for one network device.
 
     `features` are asked for, and what the device has of them is in `self.features` after `start`. MQ is
@@ -90,50 +87,34 @@ class NetDriver:
         byteorder: ByteOrder = "little",
         timeout: float = 10.0,
     ) -> None:
-        self.frontend = frontend
-        self.memory = memory
+        super().__init__(
+            frontend,
+            memory,
+            ring_size,
+            features | (1 << abi.F_MQ if queue_pairs > 1 else 0),
+            allocate=allocate,
+            layout=layout,
+            iommu=iommu,
+            byteorder=byteorder,
+            timeout=timeout,
+        )
         self.queue_pairs = queue_pairs
-        self.ring_size = ring_size
-        self.wanted = features | (1 << abi.F_MQ if queue_pairs > 1 else 0)
-        if iommu is not None:
-            self.wanted |= 1 << virtio.F_ACCESS_PLATFORM
-        self.features = 0
         self.tx_shape = tx_shape
         self.rx_shape = rx_shape
-        self.byteorder: ByteOrder = byteorder
-        self.timeout = timeout
         self.rx: list[Queue] = []
         self.tx: list[Queue] = []
         self.control: NetControl | None = None
         self.header_size = 0
-        self.running = False
         self._rx_buffer = rx_buffer
         self._rx_depth = rx_depth
-        self._allocate = allocate or memory.allocate
         self._rx_allocate = rx_allocate or self._allocate
-        self._layout = layout
-        self.iommu = iommu
-        self._services = [] if iommu is None else [iommu]
         self._received: deque[Received] = deque()
-        self._indices: dict[int, Queue] = {}
 
     # --- coming up and going down ------------------------------------------------------------------------
 
-    def has(self, bit: int) -> bool:
-        """Whether a feature, by its bit number, was negotiated."""
-        return bool(self.features >> bit & 1)
-
     def start(self, *, post: bool = True) -> None:
         """Negotiate, make the rings, fill the receive rings (unless not `post`), and let the device run."""
-        if self._indices:
-            raise DriverError("the driver has started; resume() is what brings it up again")
-        self.features = self.frontend.negotiate(self.wanted)
-        if self.iommu is not None and not self.has(virtio.F_ACCESS_PLATFORM):
-            raise DriverError(
-                "the device takes no address but a physical one: ACCESS_PLATFORM is not offered"
-            )
-        if self.byteorder != "little" and self.has(virtio.F_VERSION_1):
-            raise DriverError("only a legacy guest has a byte order of its own; VERSION_1 was negotiated")
+        self._negotiate()
         self.header_size = 12 if self.has(virtio.F_VERSION_1) or self.has(abi.F_MRG_RXBUF) else 10
         for pair in range(self.queue_pairs):
             self.rx.append(self._queue(2 * pair, f"rx {pair}"))
@@ -156,103 +137,10 @@ class NetDriver:
         self.resume()
 
     def resume(self, frontend: FrontEnd | None = None, bases: dict[int, int] | None = None) -> None:
-        """Bring the rings up as they are: for the first time, after `stop`, or on a new `frontend`.
-
-        A new front end must negotiate what the old one did; DriverError if its back end can't. `bases` are
-        those that `stop` returned; without them each ring goes on from its used index.
-        """
-        if frontend is not None:
-            self.frontend = frontend
-            if self.control is not None:
-                self.control.peer = frontend.fileno()
-            acked = frontend.negotiate(self.features)
-            if acked != self.features:
-                raise DriverError(
-                    f"features were {self.features:#x}, the new back end has {acked:#x} of them"
-                )
-        self.frontend.set_mem_table(self.memory.regions)
-        self.frontend.set_status(_STARTED)
-        if self.iommu is not None:
-            self._stand_before(self.iommu)
-        for index, queue in self._indices.items():
-            self.frontend.start_ring(index, queue, None if bases is None else bases[index])
-        self.frontend.set_status(_STARTED | virtio.CONFIG_S_DRIVER_OK)
-        self.running = True
-        # Chains that were published for a device that had stopped, or was never there, have not been kicked.
-        for queue in self._indices.values():
-            if queue.ring.outstanding:
-                queue.ring.needs_kick()
-                queue.kick()
-
-    def _stand_before(self, iommu: Iommu) -> None:
-        """Put the IOMMU between the front end's device and memory."""
-        if not isinstance(self.frontend, IotlbFrontEnd):
-            raise DriverError(f"{type(self.frontend).__name__} has no IOTLB")
-        iommu.frontend = self.frontend
-        if iommu.prefill:
-            for queue in self._indices.values():
-                iommu.answer(Miss(queue.ring.addresses.used, vhost.ACCESS_RO))
-
-    def stop(self) -> dict[int, int]:
-        """Stop every ring; returns their bases by index. What was used before can still be taken."""
-        self.running = False
-        return {index: self.frontend.stop_ring(index) for index in self._indices}
-
-    def close(self) -> None:
-        """Close the queues. The front end and the memory stay the caller's."""
-        for queue in self._indices.values():
-            queue.close()
-        self._indices = {}
-        self.running = False
-        if self.iommu is not None:
-            self.iommu.frontend = None
-
-    def _queue(self, index: int, name: str) -> Queue:
-        event_idx = self.has(virtio.RING_F_EVENT_IDX)
-        ring = SplitRing(
-            self.memory,
-            self.ring_size,
-            None if self._layout is None else self._layout(index),
-            event_idx=event_idx,
-            byteorder=self.byteorder,
-            dma=self.iommu,
-        )
-        queue = Queue(ring, name)
-        self._indices[index] = queue
-        return queue
-
-    # --- while it runs -------------------------------------------------------------------------------------
-
-    @property
-    def queues(self) -> dict[int, Queue]:
-        """Every ring, by its index."""
-        return dict(self._indices)
-
-    def start_log(self, log: DirtyLog, *, buffers: bool = True, rings: bool = True) -> None:
-        """Have the device log what it writes from now on: into buffers (F_LOG_ALL), into used rings."""
-        frontend = self._logging()
-        frontend.set_log(log)
-        if buffers:
-            frontend.change_features(self.features | 1 << vhost.F_LOG_ALL)
-        for index, queue in self._indices.items():
-            frontend.set_ring_addr(index, queue, log=rings)
-
-    def stop_log(self) -> None:
-        """Have the device log nothing more; when this returns it does not."""
-        frontend = self._logging()
-        frontend.change_features(self.features & ~(1 << vhost.F_LOG_ALL))
-        for index, queue in self._indices.items():
-            frontend.set_ring_addr(index, queue)
-
-    def move_ring(self, index: int, layout: RingLayout, *, copy: bool = True) -> RingLayout:
-        """Move a ring that runs, as `SplitRing.move` does; returns where it was. It is not logged then."""
-        queue, frontend = self._indices[index], self._logging()
-        return queue.ring.move(layout, lambda: frontend.set_ring_addr(index, queue), copy=copy)
-
-    def _logging(self) -> LogFrontEnd:
-        if not isinstance(self.frontend, LogFrontEnd):
-            raise DriverError(f"{type(self.frontend).__name__} can't have its device log, or move its rings")
-        return self.frontend
+        """As `DeviceDriver.resume`; the control queue looks to the new front end."""
+        if frontend is not None and self.control is not None:
+            self.control.peer = frontend.fileno()
+        super().resume(frontend, bases)
 
     # --- configuration space -------------------------------------------------------------------------------
 
@@ -460,19 +348,3 @@ class NetDriver:
             left -= here
         self._offer(queue, room)
         return b"".join(parts), used.len == room.size
-
-    # --- the end -----------------------------------------------------------------------------------------
-
-    def _wait(
-        self, ready: Callable[[], bool], queues: Sequence[Queue], what: str, timeout: float | None = None
-    ) -> None:
-        patience = self.timeout if timeout is None else timeout
-        wait(ready, queues, patience, what, peer=self.frontend.fileno(), services=self._services)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
