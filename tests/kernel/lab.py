@@ -78,8 +78,8 @@ class KernelLab(QemuGuest):
 
 
 def interpreter() -> Path:
-    """The interpreter itself, not an environment's link to it."""
-    return Path(sys.executable).resolve()
+    """The interpreter itself, not an environment's link to it or copy of it."""
+    return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
 
 def library_folder() -> Path:
