@@ -1,7 +1,7 @@
 """Back ends and front ends that end without a word, and what was in hand then (INFLIGHT_SHMFD).
 
-A frame may come twice: whoever sent it can't be told that it had gone. None may be lost, no chain may come back twice,
-and none may stay away.
+A frame may come twice: whoever sent it can't be told that it had gone. None may be lost, and every chain comes back
+once.
 """
 
 from __future__ import annotations

@@ -127,6 +127,25 @@ DIFFERENCES = (
         "unreadable",
         "a buffer in memory that is not mapped stops the ring with err; Linux's ring stops without a word",
     ),
+    Named("one-err", "a bad indirect table signals err once; Linux signals it twice"),
+    Named(
+        "stopped-flags",
+        "while a bad chain stops a ring its used flags may ask for kicks or not; Linux's ask for none",
+    ),
+    Named(
+        "dry-at-once",
+        "a receive ring asks for kicks as soon as its last buffer is used; Linux's when a frame finds none",
+    ),
+    Named("calls", "how many packets a call is for depends on how the worker batches; Linux's are 64"),
+    Named(
+        "dropped-bytes",
+        "a frame that does not fit may have been written into the buffer, which is kept; Linux looks first",
+    ),
+    Named(
+        "interface-down",
+        "a frame for an interface that is down is refused by the tap, and counted as dropped alone",
+    ),
+    Named("log-signals", "how often LOG_FD is signalled depends on how the worker batches"),
     Named(
         "eventfd-full",
         "a call eventfd that blocks and is full holds up the worker; Linux's signal never waits",

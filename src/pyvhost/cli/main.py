@@ -24,7 +24,10 @@ COMMANDS: Final = (
     ("doctor", "pyvhost.cli.doctor", "what this host can do, and what to install for the rest"),
 )
 #: `pyvhost bench`, by what is measured.
-BENCHES: Final = (("net", "pyvhost.cli.bench.command", "the network card against DPDK's back end"),)
+BENCHES: Final = (
+    ("net", "pyvhost.cli.bench.command", "the network card against DPDK's back end"),
+    ("ring", "pyvhost.cli.bench.ring", "what logging, translation and byte order cost a ring"),
+)
 
 _LEVELS: Final = ("trace", "debug", "info", "warning", "error")
 _TRACE: Final = 5

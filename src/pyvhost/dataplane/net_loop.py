@@ -50,7 +50,7 @@ _LOOK_NS: Final = 20_000
 
 
 @kernel
-def _serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
+def serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
     """One turn of a port, both ways; how much it moved."""
     port = ports[index]
     kind = port["kind"]
@@ -137,7 +137,7 @@ def _rest(worker: Record, rings: Records, ports: Records, index: int, now: int) 
         if now - port["idle_since"] < port["busy_ns"]:
             return False
     _ask_kicks(rings, port, True)
-    if _serve(worker, rings, ports, index):
+    if serve(worker, rings, ports, index):
         _ask_kicks(rings, port, False)
         port["idle_since"] = 0
         return False
@@ -186,7 +186,7 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
         moved = 0
         while at < worker["active_count"]:
             index = load64(active + 8 * at)
-            served = _serve(worker, rings, ports, index)
+            served = serve(worker, rings, ports, index)
             if served:
                 moved += served
                 ports[index]["idle_since"] = 0

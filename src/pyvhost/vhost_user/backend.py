@@ -46,6 +46,7 @@ from pyvhost.vhost_user.payloads import (
     ANSWERED_WITH_RESULT,
     U64,
     Inflight,
+    Iotlb,
     Payload,
     Raw,
     VringState,
@@ -245,6 +246,8 @@ class BackendSession:
                 ring.started, ring.enabled = before
                 raise
             ring.running = run
+            if not run:
+                self._outbox.forget_misses(ring.index)
             self._look_for_channel()
 
     def _look_for_channel(self) -> None:
@@ -374,6 +377,13 @@ class BackendSession:
         if not self._suspended:
             self._outbox.fill(self.protocol_features, iotlb=self._misses_matter)
 
+    def _iotlb_msg(self, message: Message) -> Payload:
+        self._outbox.take_misses()
+        answer = requests.iotlb_msg(self.device, message)
+        assert isinstance(message.payload, Iotlb)
+        self._outbox.entered(message.payload)
+        return answer
+
     # --- the dirty log ---------------------------------------------------------------------------------
 
     def _set_log_base(self, message: Message) -> Payload:
@@ -400,6 +410,7 @@ _HANDLERS: dict[int, Callable[[BackendSession, Message], Payload | None]] = {
     Request.SET_OWNER: _S._set_owner,
     Request.RESET_OWNER: _S._reset_owner,
     Request.SET_LOG_BASE: _S._set_log_base,
+    Request.IOTLB_MSG: _S._iotlb_msg,
     Request.GET_VRING_BASE: _S._get_vring_base,
     Request.GET_VRING_BASE_SKIP_DRAIN: _S._get_vring_base,
     Request.SET_VRING_KICK: _S._set_vring_kick,

@@ -2,7 +2,9 @@
 
 Promises: one message at a time waits to be sent, so that a front end that does not read costs nothing here;
 however often the configuration changes meanwhile, it is told once; a miss of the IOTLB is taken from the device
-when it can be said, and waits its turn there until then; no more than `MISSES_UNANSWERED` are ever awaited.
+when it can be said or an entry comes, and waits its turn until then; no more than `MISSES_UNANSWERED` are ever
+awaited. Nobody is asked again for what was asked for and has not come, nor for what came meanwhile: a front end
+that gets to such a question when the driver has unmapped the page finds an access out of bounds.
 Never: reads or writes a socket; says anything while the device is suspended ("Suspended device state").
 """
 
@@ -10,10 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from dataclasses import dataclass
 
 from pyvhost.abi import vhost
 from pyvhost.abi import vhost_user as abi
 from pyvhost.abi.vhost_user import BackendRequest
+from pyvhost.vhost.misses import WAITING, IotlbMiss
 from pyvhost.vhost_user.codec import Message, encode
 from pyvhost.vhost_user.device import Device
 from pyvhost.vhost_user.payloads import U64, Iotlb
@@ -22,6 +26,14 @@ from pyvhost.vhost_user.payloads import U64, Iotlb
 MISSES_UNANSWERED = 64
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A miss that was told, and whether it still lacks its entry."""
+
+    miss: IotlbMiss
+    lacks: bool = True
 
 
 class Outbox:
@@ -36,7 +48,8 @@ class Outbox:
         self.open = False
         self._news = False
         self._news_unanswered = False
-        self._misses: deque[Iotlb] = deque()
+        self._turn: deque[IotlbMiss] = deque()
+        self._misses: deque[_Asked] = deque()
         self._refused = False
 
     def opened(self) -> None:
@@ -49,6 +62,7 @@ class Outbox:
         self.open = False
         self.output.clear()
         self._news_unanswered = False
+        self._turn.clear()
         self._misses.clear()
 
     def config_changed(self) -> None:
@@ -71,12 +85,42 @@ class Outbox:
             self._news, self._news_unanswered = False, acks
             self.output += encode(BackendRequest.CONFIG_CHANGE_MSG, flags=flags)
         elif iotlb and self.takes_misses(protocol_features):
-            miss = self.device.take_iotlb_miss()
-            if miss is not None:
+            while (miss := self._next_miss()) is not None:
+                if any(asked.lacks and _same(asked.miss, miss) for asked in self._misses):
+                    continue
                 told = Iotlb(miss.iova, 0, 0, miss.perm, vhost.IOTLB_MISS)
                 self.output += encode(BackendRequest.IOTLB_MSG, told, flags=flags)
                 if acks:
-                    self._misses.append(told)
+                    self._misses.append(_Asked(miss))
+                return
+
+    def take_misses(self) -> None:
+        """Before an entry comes or goes: what the device has missed so far, it missed without."""
+        while self.open and len(self._turn) < WAITING:
+            miss = self.device.take_iotlb_miss()
+            if miss is None:
+                return
+            self._turn.append(miss)
+
+    def entered(self, entry: Iotlb) -> None:
+        """An entry has come or gone: whoever missed it goes on, or has nothing more to do with it."""
+        comes = entry.type == vhost.IOTLB_UPDATE
+
+        def settled(miss: IotlbMiss) -> bool:
+            inside = entry.iova <= miss.iova < entry.iova + entry.size
+            return inside and not (comes and miss.perm & ~entry.perm)
+
+        self._turn = deque(miss for miss in self._turn if not settled(miss))
+        for asked in self._misses:
+            if comes and settled(asked.miss):
+                asked.lacks = False
+
+    def forget_misses(self, index: int) -> None:
+        """A vring stops: what it missed is of no interest any more."""
+        self._turn = deque(miss for miss in self._turn if miss.index != index)
+
+    def _next_miss(self) -> IotlbMiss | None:
+        return self._turn.popleft() if self._turn else self.device.take_iotlb_miss()
 
     def answered(self, message: Message) -> None:
         """The front end's answer to something that was said."""
@@ -86,7 +130,7 @@ class Outbox:
             if failed:
                 _log.warning("%s: it refused %s (%d)", self.label, message.name, failed)
         elif message.request == BackendRequest.IOTLB_MSG and self._misses:
-            miss = self._misses.popleft()
+            miss = self._misses.popleft().miss
             if failed:
                 # A guest can make as many of these as it likes: one is for the person, the rest for whoever looks.
                 _log.log(
@@ -99,6 +143,10 @@ class Outbox:
                     failed,
                 )
                 self._refused = True
+
+
+def _same(one: IotlbMiss, other: IotlbMiss) -> bool:
+    return (one.iova, one.perm) == (other.iova, other.perm)
 
 
 def _has(protocol_features: int, bit: int) -> bool:

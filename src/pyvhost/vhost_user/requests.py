@@ -102,7 +102,8 @@ def _region(piece: Region, fd: int) -> MemoryRegion:
     return MemoryRegion(piece.guest_phys_addr, piece.memory_size, piece.userspace_addr, piece.mmap_offset, fd)
 
 
-def _iotlb_msg(device: Device, message: Message) -> Payload:
+def iotlb_msg(device: Device, message: Message) -> Payload:
+    """IOTLB_MSG of a front end, which is always answered."""
     told = message.payload
     assert isinstance(told, Iotlb)
     if told.type == vhost.IOTLB_UPDATE:
@@ -255,7 +256,6 @@ HANDLERS: Mapping[int, Callable[[Device, Message], Answer]] = {
     Request.GET_QUEUE_NUM: _get_queue_num,
     Request.SEND_RARP: _send_rarp,
     Request.NET_SET_MTU: _net_set_mtu,
-    Request.IOTLB_MSG: _iotlb_msg,
     Request.SET_VRING_ENDIAN: _set_vring_endian,
     Request.GET_CONFIG: _get_config,
     Request.SET_CONFIG: _set_config,

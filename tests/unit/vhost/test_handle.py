@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -23,6 +24,7 @@ import pyvhost
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.vhost.handle import FIOCLEX, FIONBIO, FIONCLEX, Handle
+from requirements import need
 
 NET_FEATURES = 0x33D008000
 PLATFORM = struct.pack("Q", 1 << virtio.F_ACCESS_PLATFORM)
@@ -192,19 +194,19 @@ def miss(vhost: Handle) -> None:
     vhost.ioctl(abi.SET_FEATURES, PLATFORM)
     vhost.ioctl(abi.SET_MEM_TABLE, abi.Memory())
     vhost.ioctl(abi.SET_VRING_ADDR, abi.VringAddr(1, 0, 0x1000, 0x3000, 0x2000, 0))
-    with socket_pair_of_packets() as fd, refused(errno.EFAULT):
+    with unattached_tap() as fd, refused(errno.EFAULT):
         vhost.ioctl(abi.NET_SET_BACKEND, abi.VringFile(1, fd))
 
 
-class socket_pair_of_packets:  # noqa: N801
-    """A descriptor that a ring can be bound to, without any privilege if there is a tap to be had."""
-
-    def __enter__(self) -> int:
-        self._fd = os.open("/dev/net/tun", os.O_RDWR)
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+@contextmanager
+def unattached_tap() -> Iterator[int]:
+    """What a ring can be bound to as far as anybody looks before its used ring."""
+    need(os.path.exists("/dev/net/tun"), "modprobe tun, or give the container /dev/net/tun")
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("v2", [False, True])

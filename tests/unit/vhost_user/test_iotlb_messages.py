@@ -261,6 +261,49 @@ def test_a_new_socket_begins_anew_and_a_lost_one_is_named(
     assert len(channel.told()) == 1
 
 
+def test_nobody_is_asked_again_for_what_has_not_come_yet(talk: Talk, device: RecordingDevice) -> None:
+    """Each kick of a vring that waits is a miss anew, and QEMU may get to the second after the page has gone."""
+    channel = Channel(talk)
+    for index in (0, 0, 1):
+        device.miss(index, 0x1000, vhost.ACCESS_RO)
+    device.miss(0, 0x1000, vhost.ACCESS_WO)
+    assert [m.payload for m in channel.told()] == [miss(0x1000), miss(0x1000, vhost.ACCESS_WO)]
+    # An answer without an entry: a kick may ask again.
+    channel.answer(1)
+    device.miss(0, 0x1000, vhost.ACCESS_RO)
+    assert len(channel.told()) == 1
+    # An entry: whatever is missed from now on is another miss, though the answer has not come.
+    talk.say(Request.IOTLB_MSG, Iotlb(0x1000, 0x1000, 0x7000, vhost.ACCESS_RO, vhost.IOTLB_UPDATE))
+    device.miss(0, 0x1000, vhost.ACCESS_RO)
+    device.miss(0, 0x1000, vhost.ACCESS_WO)
+    assert [m.payload for m in channel.told()] == [miss(0x1000)]
+
+
+def test_nobody_is_asked_for_what_has_come_or_gone_meanwhile(talk: Talk, device: RecordingDevice) -> None:
+    channel = Channel(talk)
+    device.miss(0, 0x9000, vhost.ACCESS_RO)
+    talk.session.announce()
+    for iova in (0x1000, 0x1FFF, 0x2000, 0x3000):
+        device.miss(0, iova, vhost.ACCESS_RO)
+    device.miss(0, 0x1000, vhost.ACCESS_WO)
+    talk.say(Request.IOTLB_MSG, Iotlb(0x1000, 0x1000, 0x7000, vhost.ACCESS_RO, vhost.IOTLB_UPDATE))
+    talk.say(Request.IOTLB_MSG, Iotlb(0x3000, 0x1000, 0, 0, vhost.IOTLB_INVALIDATE))
+    assert [m.payload for m in channel.told()] == [miss(0x9000), miss(0x2000), miss(0x1000, vhost.ACCESS_WO)]
+
+
+def test_a_vring_that_stops_asks_for_nothing_more(talk: Talk, device: RecordingDevice) -> None:
+    channel = Channel(talk)
+    talk.kick(1)
+    talk.enable(1)
+    for index in (0, 1):
+        device.miss(index, 0x1000 << index, vhost.ACCESS_RO)
+    talk.session.backend_output.extend(b"busy")
+    talk.say(Request.IOTLB_MSG, Iotlb(0x9000, 0x1000, 0x7000, vhost.ACCESS_RO, vhost.IOTLB_UPDATE))
+    talk.say(Request.GET_VRING_BASE, VringState(0, 0))
+    talk.session.backend_output.clear()
+    assert [m.payload for m in channel.told()] == [miss(0x2000)]
+
+
 def test_news_and_misses_share_the_socket(talk: Talk, device: RecordingDevice) -> None:
     channel = Channel(talk)
     assert device.config_changed is not None

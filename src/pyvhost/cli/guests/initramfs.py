@@ -55,8 +55,12 @@ class Initramfs:
         """A program of the host and the libraries that ldd(1) says it is linked with, where it looks for them."""
         path = Path(program)
         self.add_file(f"{into}/{path.name}", path.read_bytes(), executable=True)
+        self.add_libraries(program)
+
+    def add_libraries(self, program: str) -> None:
+        """What a program or a shared library is linked with."""
         for library in _libraries(program):
-            self.add_file(str(library).lstrip("/"), library.read_bytes(), executable=True)
+            self.add_file(str(library), library.read_bytes(), executable=True)
 
     def packed(self) -> bytes:
         """The archive."""

@@ -287,7 +287,11 @@ class QemuGuest(Guest):
             [_in_guest(file) for file in files if (file in line) is early] for early in (True, False)
         )
         tree.add_file("init", agent.qemu_init(_PORT, first, later).encode(), executable=True)
+        self._furnish(tree)
         return tree.packed()
+
+    def _furnish(self, tree: Initramfs) -> None:
+        """What else a kind of guest wants in its root file system."""
 
     def _told_by_qmp(self, act: Callable[[Qmp], _T]) -> _T:
         try:
