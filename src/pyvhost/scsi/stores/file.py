@@ -63,7 +63,7 @@ class FileStore(DescriptorStore):
             os.close(fd)
             raise
         self.fd = fd
-        self._gone = False
+        self._gone, self.online = False, True
         self._start(poller, os.path.basename(self.path) or "file")
 
     def _open(self) -> int:
@@ -168,7 +168,7 @@ class FileStore(DescriptorStore):
 
     def _failed(self, number: int) -> None:
         if number == errno.ENODEV and not self._gone:
-            self._gone = True
+            self._gone, self.online = True, False
             _log.error("%s is gone", self.path)
             if self.on_state is not None:
                 self.on_state(False)
@@ -188,7 +188,7 @@ class FileStore(DescriptorStore):
         self.call_soon(self._came_back)
 
     def _came_back(self) -> None:
-        self._gone = False
+        self._gone, self.online = False, True
         _log.info("%s is back", self.path)
         if self._pool is not None and self.on_state is not None:
             self.on_state(True)
