@@ -46,7 +46,8 @@ class Fast(enum.IntFlag):
 class LogicalUnit:
     """One LUN over a store, which it owns from `open` to `close`.
 
-    `block_size`: bytes of a logical block, None for the store's own. `aptpl`: the file in which persistent
+    `block_size`: bytes of a logical block, None for the store's own. `physical_block_size`: what a physical block is
+    said to have, None: as a logical one. `aptpl`: the file in which persistent
     reservations are kept that are to outlive this process, None: they don't. ValueError: sizes that don't fit,
     or a file that isn't one of reservations.
     """
@@ -153,7 +154,7 @@ class LogicalUnit:
                 f"{store.spec}: blocks of {size} bytes: they have a power of two of bytes, from 512 to 65536, "
                 f"and are multiples of the store's {store.block_size}"
             )
-        physical = self._wanted_physical or max(size, 4096)
+        physical = self._wanted_physical or size
         if physical < size or physical & physical - 1 or physical > size << 15:
             raise ValueError(f"{store.spec}: physical blocks of {physical} bytes don't fit blocks of {size}")
         self.block_size = size

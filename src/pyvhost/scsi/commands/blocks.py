@@ -1,7 +1,7 @@
 """READ, WRITE, WRITE AND VERIFY, VERIFY, SYNCHRONIZE CACHE and PRE-FETCH of every size (SBC-3, clause 5).
 
 Promises: FUA and SYNCHRONIZE CACHE mean stable storage. A READ into a buffer too short fills it and reports the
-overflow; a WRITE from one too short writes nothing. Never: more than a megabyte of memory for one command.
+overflow; a WRITE from one too short writes what there is. Never: more than a megabyte of memory for one command.
 """
 
 from __future__ import annotations
@@ -69,15 +69,33 @@ async def read(request: Request) -> None:
 @command("WRITE(16)", 0x8A, _usage16(_READ_FLAGS), access=Access.WRITE, medium=True, writes=True)
 async def write(request: Request) -> None:
     """Blocks from the initiator's memory."""
-    unit = request.unit
+    await _write(request, fua=request.command.length > 6 and request.bit(1, 3))
+
+
+async def _write(request: Request, fua: bool, verify: bool = False, check: bool = False) -> None:
+    """Write what there is of the data, and read it again if `verify` says so."""
+    unit, task = request.unit, request.task
     lba, blocks = request.extent()
     request.check_extent(lba, blocks)
-    views = request.want_out(blocks * unit.block_size)
-    hold = await unit.hold(lba, blocks, alone=False)
+    size = unit.block_size
+    task.wanted_out = blocks * size
+    length = min(task.wanted_out, task.out_length)
+    views = part(task.data_out, 0, length)
+    blocks = -(-length // size)
+    tail = length % size
+    hold = await unit.hold(lba, blocks, alone=bool(tail))
     try:
-        await unit.write(lba, views, fua=request.command.length > 6 and request.bit(1, 3))
+        if tail:
+            # The buffer cuts a block short: the rest of that block stays as it was.
+            rest = memoryview(bytearray(size))
+            await unit.read(lba + blocks - 1, [rest])
+            views.append(rest[tail:])
+        await unit.write(lba, views, fua)
+        if verify:
+            await _verify(request, lba, blocks, views if check else None)
     finally:
         unit.ranges.release(hold)
+    task.transferred_out = length
 
 
 @command("WRITE AND VERIFY(10)", 0x2E, _usage10(_VERIFY_FLAGS), access=Access.WRITE, medium=True, writes=True)
@@ -85,19 +103,10 @@ async def write(request: Request) -> None:
 @command("WRITE AND VERIFY(16)", 0x8E, _usage16(_VERIFY_FLAGS), access=Access.WRITE, medium=True, writes=True)
 async def write_and_verify(request: Request) -> None:
     """Write to stable storage, read it again, and compare if BYTCHK asks for that."""
-    unit = request.unit
     check = request.cdb[1] >> 1 & 3
     if check > 1:
         raise invalid_cdb(1, 2)
-    lba, blocks = request.extent()
-    request.check_extent(lba, blocks)
-    views = request.want_out(blocks * unit.block_size)
-    hold = await unit.hold(lba, blocks, alone=False)
-    try:
-        await unit.write(lba, views, fua=True)
-        await _verify(request, lba, blocks, views if check else None)
-    finally:
-        unit.ranges.release(hold)
+    await _write(request, fua=True, verify=True, check=bool(check))
 
 
 @command("VERIFY(10)", 0x2F, _usage10(_VERIFY_FLAGS), medium=True)

@@ -43,7 +43,9 @@ async def compare_and_write(request: Request) -> None:
         raise invalid_cdb(13)
     request.check_extent(lba, blocks)
     length = blocks * unit.block_size
-    data = request.want_exactly(2 * length)
+    if request.task.out_length > 2 * length:
+        raise invalid_cdb(13)
+    data = request.want_out(2 * length)
     if not blocks:
         return
     hold = await unit.hold(lba, blocks, alone=True)

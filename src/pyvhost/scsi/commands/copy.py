@@ -44,6 +44,10 @@ _TARGET_SIZE, _SEGMENT_SIZE = 32, 28
 _COMPLETED, _FAILED = 0x01, 0x02
 
 
+#: A copy that came to no good end (SPC-4, 5.16.7.4).
+_ABORTED = Sense(Key.COPY_ABORTED, Asc.NO_ADDITIONAL_SENSE_INFORMATION)
+
+
 @dataclass(slots=True)
 class Result:
     """What became of a copy."""
@@ -97,8 +101,8 @@ async def extended_copy(request: Request) -> None:
         result.status = _COMPLETED
     except CheckCondition as failure:
         result.sense = request.unit.encode(failure.sense)
-        # Third party errors are told as COPY ABORTED (SPC-4, 5.16.7.4).
-        raise CheckCondition(Sense(Key.COPY_ABORTED, failure.sense.asc, failure.sense.information)) from None
+        # What went wrong is in FAILED SEGMENT DETAILS.
+        raise CheckCondition(_ABORTED) from None
     finally:
         if keeps:
             _remember(request, identifier, result)
@@ -126,8 +130,7 @@ def _targets(request: Request, data: bytes, at: int, length: int) -> list[Logica
 
 def _target(request: Request, data: bytes, at: int) -> LogicalUnit:
     """The unit that an identification descriptor means (SPC-4, 6.4.4.4)."""
-    if data[at + 1] >> 6:
-        raise invalid_parameter(at + 1, 7)  # LU ID TYPE: a designation descriptor is what is supported
+    # LU ID TYPE is ignored (SPC-4, 6.4.4.1): a designation descriptor it is.
     if data[at + 1] & 0x1F:
         raise illegal(Asc.UNSUPPORTED_TARGET_DESCRIPTOR_TYPE_CODE, Field(at + 1, 4, in_cdb=False))
     code, kind, size = data[at + 4] & 0x0F, data[at + 5] & 0x3F, data[at + 7]
@@ -158,10 +161,8 @@ def _segments(data: bytes, at: int, length: int, units: list[LogicalUnit]) -> li
         if int.from_bytes(data[at + 2 : at + 4], "big") != _SEGMENT_SIZE - 4:
             raise invalid_parameter(at + 2)
         source, destination = (int.from_bytes(data[at + n : at + n + 2], "big") for n in (4, 6))
-        if source >= len(units):
-            raise invalid_parameter(at + 4)
-        if destination >= len(units):
-            raise invalid_parameter(at + 6)
+        if max(source, destination) >= len(units):
+            raise CheckCondition(_ABORTED)
         if units[source].block_size != units[destination].block_size:
             raise CheckCondition(Sense(Key.COPY_ABORTED, Asc.COPY_SEGMENT_GRANULARITY_VIOLATION))
         found.append(

@@ -139,7 +139,9 @@ def _block_limits(unit: LogicalUnit) -> bytes:
         data[at - 4 : at - 4 + size] = value.to_bytes(size, "big")
 
     put(5, 1, compare.MAX_COMPARE)
-    put(6, 2, unit.physical_block_size // unit.block_size)
+    put(4, 1, 0x01)  # WSNZ: WRITE SAME of no blocks doesn't mean all
+    # Smaller pieces than 4096 bytes are no good for most stores, whatever the blocks are.
+    put(6, 2, max(4096, unit.physical_block_size) // unit.block_size)
     if provisioning.unmaps(unit):
         put(20, 4, provisioning.MAX_UNMAP)
         put(24, 4, provisioning.MAX_UNMAP_DESCRIPTORS)
@@ -157,7 +159,7 @@ def _block_limits(unit: LogicalUnit) -> bytes:
 def _block_device_characteristics(unit: LogicalUnit) -> bytes:
     data = bytearray(60)
     data[0:2] = (7200 if unit.rotational else 1).to_bytes(2, "big")
-    data[4] = 0x02  # VBULS: VERIFY with BYTCHK 00b reads the medium of unmapped blocks too, and FUAB 1
+    data[4] = 0x02  # FUAB: SYNCHRONIZE CACHE and FUA are told apart from writes as SBC-3 has it
     return bytes(data)
 
 

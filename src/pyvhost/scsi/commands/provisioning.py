@@ -123,10 +123,8 @@ async def write_same(request: Request) -> None:
         raise invalid_cdb(1, 3)
     lba, blocks = request.extent()
     request.check_extent(lba, blocks)
-    if blocks == 0:
-        blocks = unit.blocks - lba
-    if blocks > max_write_same(unit):
-        raise invalid_cdb(10 if request.command.length == 16 else 7)
+    if not 0 < blocks <= max_write_same(unit):
+        raise invalid_cdb(10 if request.command.length == 16 else 7)  # WSNZ is 1
     pattern = bytes(unit.block_size) if no_data else bytes(load(request.want_exactly(unit.block_size)))
     hold = await unit.hold(lba, blocks, alone=False)
     try:
