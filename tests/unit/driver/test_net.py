@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import select
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_net as abi
 from pyvhost.driver.errors import DeviceError, DriverError, RefusedError
-from pyvhost.driver.memory import GuestMemory, Region
+from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net import FEATURES, FRAME_MAX, NetDriver
 from pyvhost.driver.net_frame import NetHdr, Received, Shape
-from pyvhost.driver.queue import Queue
-from pyvhost.driver.split_ring import ByteOrder, SplitRing
+from pyvhost.driver.split_ring import ByteOrder
 from pyvhost.host import eventfd
-from stub_device import WRITE, StubDevice, Taken
+from stub_device import WRITE, Taken
+from stub_front_end import Server, StubFrontEnd
 
 VERSION_1 = 1 << virtio.F_VERSION_1
 EVENT_IDX = 1 << virtio.RING_F_EVENT_IDX
@@ -26,88 +24,14 @@ LEGACY = 0
 MAC = bytes.fromhex("020304050607")
 
 
-class StubFrontEnd:
-    """A front end without a back end: it keeps the rings, and the test plays the device."""
+class NetFrontEnd(StubFrontEnd):
+    """With a network card's configuration space."""
 
     def __init__(
         self, features: int = (1 << 64) - 1, *, pairs: int = 1, status: int = 1, mtu: int = 1500
     ) -> None:
-        self.offered = features
-        self.pairs = pairs
-        self.config = MAC + b"".join(word.to_bytes(2, "little") for word in (status, pairs, mtu))
-        self.rings: dict[int, StubDevice] = {}
-        self.queues: dict[int, Queue] = {}
-        self.bases: dict[int, int] = {}
-        self.statuses: list[int] = []
-        self.regions: Sequence[Region] = ()
-
-    def negotiate(self, features: int) -> int:
-        return features & self.offered
-
-    def set_mem_table(self, regions: Sequence[Region]) -> None:
-        self.regions = regions
-
-    def get_queue_num(self) -> int:
-        return self.pairs
-
-    def start_ring(self, index: int, queue: Queue, base: int | None = None) -> None:
-        assert isinstance(queue.ring, SplitRing)
-        self.queues[index] = queue
-        self.rings[index] = StubDevice(queue.ring)
-        self.bases[index] = self.rings[index].last_avail = queue.ring.used_idx if base is None else base
-
-    def stop_ring(self, index: int) -> int:
-        del self.queues[index]
-        return self.rings.pop(index).last_avail
-
-    def get_config(self, offset: int, size: int) -> bytes:
-        return self.config[offset : offset + size]
-
-    def set_status(self, status: int) -> None:
-        self.statuses.append(status)
-
-    def fileno(self) -> int:
-        return -1
-
-    def use(self, index: int, head: int, written: int = 0) -> None:
-        """Use one chain of a ring, and call if the driver wants that."""
-        device = self.rings[index]
-        device.use(head, written)
-        if device.call_due():
-            eventfd.signal(self.queues[index].call_fd)
-
-
-class Server(threading.Thread):
-    """A device that handles each chain of its rings as it is kicked, until `stop`."""
-
-    def __init__(self, front: StubFrontEnd, handle: Callable[[int, Taken], int]) -> None:
-        super().__init__()
-        self.front = front
-        self.handle = handle
-        self.end = eventfd.create()
-        self.start()
-
-    def run(self) -> None:
-        poller = select.poll()
-        poller.register(self.end, select.POLLIN)
-        kicks = {queue.kick_fd: index for index, queue in self.front.queues.items()}
-        for fd in kicks:
-            poller.register(fd, select.POLLIN)
-        while True:
-            for fd, _ in poller.poll():
-                if fd == self.end:
-                    return
-                eventfd.drain(fd)
-                index = kicks[fd]
-                device = self.front.rings[index]
-                while chains := device.take():
-                    for chain in chains:
-                        self.front.use(index, chain.head, self.handle(index, chain))
-                    device.want_kicks(True)
-
-    def stop(self) -> None:
-        eventfd.signal(self.end)
-        self.join()
+        config = MAC + b"".join(word.to_bytes(2, "little") for word in (status, pairs, mtu))
+        super().__init__(features, queues=pairs, config=config)
 
 
 @pytest.fixture
@@ -116,7 +40,7 @@ def memory() -> Iterator[GuestMemory]:
         yield memory
 
 
-def give(front: StubFrontEnd, *buffers: bytes, pair: int = 0) -> None:
+def give(front: NetFrontEnd, *buffers: bytes, pair: int = 0) -> None:
     """Put bytes into as many receive buffers, and publish them together."""
     device = front.rings[2 * pair]
     for data in buffers:
@@ -134,7 +58,7 @@ def give(front: StubFrontEnd, *buffers: bytes, pair: int = 0) -> None:
 def test_a_frame_is_sent_behind_a_header_of_the_right_size(
     memory: GuestMemory, features: int, size: int
 ) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, features=features)
     driver.start()
     driver.send(b"a frame", NetHdr(flags=1, gso_type=2, hdr_len=3, gso_size=4, csum_start=5, csum_offset=6))
@@ -146,7 +70,7 @@ def test_a_frame_is_sent_behind_a_header_of_the_right_size(
 
 
 def test_a_legacy_guest_of_the_other_byte_order(memory: GuestMemory) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, features=MRG_RXBUF, byteorder="big")
     driver.start()
     driver.send(b"frame", NetHdr(hdr_len=0x1234))
@@ -171,7 +95,7 @@ def test_a_legacy_guest_of_the_other_byte_order(memory: GuestMemory) -> None:
     ids=str,
 )
 def test_a_frame_is_cut_as_it_was_asked_for(memory: GuestMemory, shape: Shape, sizes: list[int]) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory)
     driver.start()
     frame = bytes(range(100))
@@ -183,7 +107,7 @@ def test_a_frame_is_cut_as_it_was_asked_for(memory: GuestMemory, shape: Shape, s
 
 
 def test_a_batch_is_kicked_once_and_its_room_comes_back(memory: GuestMemory) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, features=VERSION_1, ring_size=4)
     driver.start(post=False)
     kicks = driver.tx[0].kicks
@@ -204,7 +128,7 @@ def test_a_batch_is_kicked_once_and_its_room_comes_back(memory: GuestMemory) -> 
 
 
 def test_a_device_that_takes_nothing_is_a_timeout_that_says_where(memory: GuestMemory) -> None:
-    driver = NetDriver(StubFrontEnd(), memory, ring_size=4, timeout=0.01)
+    driver = NetDriver(NetFrontEnd(), memory, ring_size=4, timeout=0.01)
     driver.start()
     with pytest.raises(TimeoutError, match=r"no room on tx 0 within .* \(tx 0: 4 out"):
         driver.send_many([b"frame"] * 5)
@@ -214,7 +138,7 @@ def test_a_device_that_takes_nothing_is_a_timeout_that_says_where(memory: GuestM
 
 
 def test_an_err_ends_a_wait(memory: GuestMemory) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory)
     driver.start()
     eventfd.signal(front.queues[0].err_fd)
@@ -224,7 +148,7 @@ def test_an_err_ends_a_wait(memory: GuestMemory) -> None:
 
 
 def test_frames_that_came_are_given_out_in_order_and_the_buffers_go_back(memory: GuestMemory) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, features=VERSION_1, ring_size=8, rx_depth=4)
     driver.start()
     for turn in range(10):
@@ -237,7 +161,7 @@ def test_frames_that_came_are_given_out_in_order_and_the_buffers_go_back(memory:
 
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX], ids=["flags", "event index"])
 def test_receiving_waits_for_calls(memory: GuestMemory, features: int) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, features=features)
     driver.start(post=False)
     server = Server(front, lambda index, chain: front.rings[0].scatter(chain, bytes(12) + b"came"))
@@ -259,7 +183,7 @@ def test_receiving_waits_for_calls(memory: GuestMemory, features: int) -> None:
 def test_a_frame_in_several_buffers_is_put_together(
     memory: GuestMemory, byteorder: ByteOrder, shape: Shape
 ) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     features = MRG_RXBUF | (VERSION_1 if byteorder == "little" else 0)
     driver = NetDriver(front, memory, features=features, rx_buffer=64, rx_shape=shape, byteorder=byteorder)
     driver.start()
@@ -284,7 +208,7 @@ def test_a_frame_in_several_buffers_is_put_together(
     ],
 )
 def test_a_device_that_merges_wrongly(memory: GuestMemory, buffers: list[bytes], message: str) -> None:
-    front = StubFrontEnd()
+    front = NetFrontEnd()
     driver = NetDriver(front, memory, rx_buffer=64)
     driver.start()
     give(front, *buffers)
@@ -294,7 +218,7 @@ def test_a_device_that_merges_wrongly(memory: GuestMemory, buffers: list[bytes],
 
 
 def test_the_room_of_a_receive_buffer(memory: GuestMemory) -> None:
-    front = StubFrontEnd(mtu=9000)
+    front = NetFrontEnd(mtu=9000)
 
     def room(features: int) -> int:
         driver = NetDriver(front, memory, features=features, ring_size=2)
@@ -309,7 +233,7 @@ def test_the_room_of_a_receive_buffer(memory: GuestMemory) -> None:
 
 
 def test_queue_pairs_have_rings_of_their_own(memory: GuestMemory) -> None:
-    front = StubFrontEnd(pairs=4)
+    front = NetFrontEnd(pairs=4)
     driver = NetDriver(front, memory, queue_pairs=3, ring_size=4, features=FEATURES | 1 << abi.F_CTRL_VQ)
     driver.start()
     assert driver.has(abi.F_MQ)
@@ -322,7 +246,7 @@ def test_queue_pairs_have_rings_of_their_own(memory: GuestMemory) -> None:
 
 
 def test_stop_and_resume_go_on_where_the_device_was(memory: GuestMemory) -> None:
-    front = StubFrontEnd(features=VERSION_1)
+    front = NetFrontEnd(features=VERSION_1)
     driver = NetDriver(front, memory, ring_size=4)
     driver.start()
     assert front.statuses == [11, 15]
@@ -341,19 +265,19 @@ def test_stop_and_resume_go_on_where_the_device_was(memory: GuestMemory) -> None
     assert [device.gather(chain)[12:] for chain in device.take()] == [b"not looked at"]
     driver.stop()
     # A back end that died said nothing: what it had taken and not used is offered again.
-    other = StubFrontEnd(features=VERSION_1)
+    other = NetFrontEnd(features=VERSION_1)
     driver.resume(other)
     assert other.bases == {0: 1, 1: 1}
     assert len(other.rings[1].take()) == 1
     with pytest.raises(DriverError, match="the new back end has 0x0 of them"):
-        driver.resume(StubFrontEnd(features=0))
+        driver.resume(NetFrontEnd(features=0))
     with pytest.raises(DriverError, match="has started"):
         driver.start()
     driver.close()
 
 
 def test_the_configuration_space(memory: GuestMemory) -> None:
-    driver = NetDriver(StubFrontEnd(pairs=8, status=abi.S_LINK_UP | abi.S_ANNOUNCE, mtu=4000), memory)
+    driver = NetDriver(NetFrontEnd(pairs=8, status=abi.S_LINK_UP | abi.S_ANNOUNCE, mtu=4000), memory)
     driver.start()
     assert (driver.mac(), driver.status(), driver.max_queue_pairs(), driver.mtu()) == (MAC, 3, 8, 4000)
     assert driver.announce
@@ -361,7 +285,7 @@ def test_the_configuration_space(memory: GuestMemory) -> None:
 
 
 def test_control_commands(memory: GuestMemory) -> None:
-    front = StubFrontEnd(pairs=2)
+    front = NetFrontEnd(pairs=2)
     driver = NetDriver(front, memory, features=FEATURES | 1 << abi.F_CTRL_VQ | 1 << abi.F_MQ, timeout=10)
     driver.start(post=False)
     commands: list[bytes] = []
