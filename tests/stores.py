@@ -6,19 +6,18 @@ Promises: a call that doesn't end within a minute is a failed test, not one that
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import mmap
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from requirements import need_program
-
 from pyvhost.host.poller import Poller
 from pyvhost.scsi.stores.base import Extent, ExtentState, Store
+from requirements import need_program
 
-PATIENCE = 60.0
+PATIENCE = 20.0
 
 
 class Disk:
@@ -111,7 +110,7 @@ def aligned(length: int) -> memoryview:
 def pieces(memory: memoryview, cuts: list[int] | None) -> list[memoryview]:
     """The memory in views that are cut at these places."""
     places = [0, *sorted(cuts or []), len(memory)]
-    return [memory[begin:end] for begin, end in zip(places[:-1], places[1:], strict=True)]
+    return [memory[begin:end] for begin, end in itertools.pairwise(places)]
 
 
 class Server:
@@ -127,7 +126,7 @@ class Server:
     def start(self) -> None:
         """Start it; whoever connects too early has to try again."""
         self.socket.unlink(missing_ok=True)
-        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
 
     @property
     def pid(self) -> int:
@@ -141,9 +140,14 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    def stop(self) -> None:
+        """As its operator ends it."""
+        assert self._process is not None
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 @contextlib.contextmanager
@@ -153,7 +157,7 @@ def running(command: list[str], socket: Path) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.kill()
+        server.stop()
 
 
 def nbdkit(directory: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
@@ -167,8 +171,11 @@ def qemu_nbd(image: Path, kind: str, *arguments: str) -> contextlib.AbstractCont
     """qemu-nbd with an image that it may be connected to again."""
     program = need_program("qemu-nbd", package="qemu-utils")
     socket = image.with_suffix(".sock")
+    setpriv = need_program(
+        "setpriv", package="util-linux"
+    )  # qemu-nbd alone would outlive tests that are killed
     fixed = ["--persistent", "--socket", str(socket), "--format", kind, "--discard=unmap"]
-    return running([program, *fixed, *arguments, str(image)], socket)
+    return running([setpriv, "--pdeathsig", "KILL", program, *fixed, *arguments, str(image)], socket)
 
 
 def make_qcow2(path: Path, size: int) -> Path:

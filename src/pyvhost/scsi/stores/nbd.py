@@ -346,7 +346,10 @@ class NbdStore(Store):
         try:
             self._issue(handle)
         except libnbd.NbdError as error:
-            self._lost(error.words)
+            why = error.words
+        # Sending may find out as well, and then no event would come: the socket is closed already.
+        if handle.dead:
+            self._lost(why or "the server ended the connection")
             return
         self._watch(handle)
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from stores import Disk
 
 from pyvhost.host.poller import Poller
 from pyvhost.scsi.stores.memory import MemoryStore
+from stores import Disk
 
 MIB = 1 << 20
 
