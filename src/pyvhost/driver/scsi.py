@@ -75,10 +75,10 @@ class Config(NamedTuple):
 class ScsiDriver(DeviceDriver):
     """A driver for one SCSI host device; what it shares with others is in `DeviceDriver`.
 
-    `request_queues`: how many it uses. `event_buffers`: how many it gives the device for events (16 bytes each), 0: none until
-    `post_events`. `layout` says where the parts of a ring lie, by its index; `shape` how chains are cut unless a
-    command says otherwise. `cdb_size` and `sense_size` are written to the configuration space where they are
-    not the defaults, 32 and 96.
+    `request_queues`: how many it uses. `event_buffers`: how many it gives the device for events,
+    16 bytes each; 0: none until `post_events`. `layout` says where the parts of a ring lie, by its index;
+    `shape` how chains are cut unless a command says otherwise. `cdb_size` and `sense_size` are written to the
+    configuration space where they are not the defaults, 32 and 96.
     """
 
     def __init__(

@@ -13,11 +13,11 @@ import errno
 import logging
 import select
 import socket
-import struct
 from collections.abc import Callable
 
 from pyvhost.host import fds as host_fds
 from pyvhost.host.poller import Poller
+from pyvhost.host.unix_socket import peer_of, peer_pid
 from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, SessionError
 from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Fds, Message, Stream, decode_one
 from pyvhost.vhost_user.describe import TRACE, describe
@@ -32,24 +32,6 @@ MESSAGES_A_TURN = 64
 AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 _log = logging.getLogger(__name__)
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """The process that connected or listened at the other end; 0 for one of another pid namespace."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-    return int(struct.unpack("iII", raw)[0])
-
-
-def peer_of(sock: socket.socket) -> str:
-    """Who is at the other end, for a person: "qemu-system-x86 (pid 4711)"."""
-    pid = peer_pid(sock)
-    if pid <= 0:
-        return "front end (of another pid namespace)"
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-            return f"{comm.read().strip()} (pid {pid})"
-    except OSError:
-        return f"pid {pid}"
 
 
 class Connection:

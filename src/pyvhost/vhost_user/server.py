@@ -15,21 +15,18 @@ import os
 import select
 import signal
 import socket
-import stat
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from pyvhost.host import sd_notify
+from pyvhost.host import sd_notify, unix_socket
 from pyvhost.host.poller import Poller, Timer
-from pyvhost.vhost_user.connection import AGAIN, Connection, peer_of
+from pyvhost.host.unix_socket import peer_of
+from pyvhost.vhost_user.connection import AGAIN, Connection
 from pyvhost.vhost_user.device import Device
 
 #: What may be served of the present front end before a new one is judged: enough for it to have left.
 LAST_WORDS = 4096
-BACKLOG = 16
-#: The longest name a Unix socket can have, in bytes (unix(7)).
-NAME_MAX = 107
 #: How long a descriptor shortage keeps a listening socket quiet, in seconds.
 SHORTAGE_PAUSE = 1.0
 #: The first and the longest pause between two attempts to reach a front end, in seconds.
@@ -54,16 +51,15 @@ class Server:
         lies there; otherwise as bind(2).
         """
         name = os.fspath(path)
-        sock = _bind(name)
-        own = os.stat(name)
-        self._places.append(_Listener(self, sock, self._seat(device), name, (own.st_dev, own.st_ino)))
+        sock, own = unix_socket.listen(name)
+        self._places.append(_Listener(self, sock, self._seat(device), name, own))
 
     def connect(self, path: str | os.PathLike[str], device: Device) -> None:
         """Serve `device` to the front end that listens at `path`; dial again whenever it is not there.
 
         OSError ENAMETOOLONG: no socket can have that name.
         """
-        _check_name(os.fspath(path))
+        unix_socket.check_name(os.fspath(path))
         self._places.append(_Dialer(self, os.fspath(path), self._seat(device)))
 
     def serve_fd(self, fd: int, device: Device) -> None:
@@ -187,7 +183,7 @@ class _Listener:
         self._poller.unregister(self._sock.fileno())
         self._sock.close()
         if self._own is not None:
-            _remove(self._path, self._own)
+            unix_socket.remove(self._path, self._own)
 
     def _watch(self) -> None:
         self._poller.register(self._sock.fileno(), select.EPOLLIN, self._on_event)
@@ -284,60 +280,3 @@ class _Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop()
-
-
-def _check_name(path: str) -> None:
-    length = len(os.fsencode(path))
-    if length > NAME_MAX:
-        raise OSError(
-            errno.ENAMETOOLONG,
-            f"{path}: a Unix socket's name has {NAME_MAX} bytes at most, this one {length}",
-        )
-
-
-def _bind(path: str) -> socket.socket:
-    """A listening socket at `path`, in the place of one that nobody listens on any more."""
-    _check_name(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise OSError(error.errno, f"{path}: {error.strerror}") from None
-            _clear(path)
-            sock.bind(path)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _clear(path: str) -> None:
-    """Remove the socket file that is in the way, if it is one that nobody listens on."""
-    found = os.lstat(path)
-    if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EEXIST, f"{path}: exists, and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno == errno.ECONNREFUSED:
-                _remove(path, (found.st_dev, found.st_ino))
-                return
-            if error.errno not in AGAIN:
-                raise OSError(error.errno, f"{path}: {error.strerror}") from None
-            raise OSError(errno.EADDRINUSE, f"{path}: a process listens there already") from None
-        raise OSError(errno.EADDRINUSE, f"{path}: {peer_of(probe)} listens there already")
-
-
-def _remove(path: str, own: tuple[int, int]) -> None:
-    """Unlink `path` if it is still the file of that device and inode number."""
-    try:
-        found = os.lstat(path)
-        if (found.st_dev, found.st_ino) == own:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
