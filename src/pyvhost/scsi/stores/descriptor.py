@@ -27,8 +27,9 @@ T = TypeVar("T")
 
 #: How often the size of what is open is looked up, seconds. No notice comes from a file that grows.
 LOOK_EVERY: Final = 1.0
-#: How long `close` waits for calls that are under way, seconds. What hangs longer is left to its thread.
-CLOSE_WAITS: Final = 10.0
+#: How long `close` waits for calls that are under way, seconds. What hangs longer is left to its thread: the others
+#: whose thread of control this is have waited long enough.
+CLOSE_WAITS: Final = 1.0
 #: Views in one system call (IOV_MAX).
 _VIEWS: Final = 1024
 #: Bytes that are copied, or written as zeroes, at a time.
@@ -85,12 +86,9 @@ class DescriptorStore(Store):
         if self._timer is not None:
             self._timer.cancel()
         fd, self.fd = self.fd, -1
-        # The last job, so that it comes after all others also where one of them hangs beyond our patience.
-        if pool.close(CLOSE_WAITS):
-            os.close(fd)
-        else:
+        if not pool.close(CLOSE_WAITS, lambda: os.close(fd)):
             _log.warning(
-                "%s: a call on it hasn't come back; its descriptor stays open until the end", self.spec
+                "%s: a call on it hasn't come back; its descriptor stays open until it does", self.spec
             )
 
     def read(self, offset: int, views: list[memoryview], done: Done) -> None:

@@ -26,6 +26,7 @@ class Pool:
         self._idle = 0
         self._busy = 0
         self._closed = False
+        self._last: Callable[[], object] | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
         """Have a thread call `job`. RuntimeError: closed."""
@@ -40,15 +41,24 @@ class Pool:
                 name = f"{self._name}-{self._threads}"
                 threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def close(self, seconds: float) -> bool:
+    def close(self, seconds: float, last: Callable[[], object] = lambda: None) -> bool:
         """Take no more, and wait `seconds` at most for what was taken; whether all of it is done.
 
-        What isn't goes on, and the threads end when it is done.
+        What isn't goes on. `last` is called when all is done, by whichever thread is the last.
         """
         with self._state:
+            self._last = last
             self._closed = True
             self._state.notify_all()
-            return self._state.wait_for(lambda: not self._jobs and not self._busy, seconds)
+            self._finish()
+            return self._state.wait_for(lambda: self._last is None, seconds)
+
+    def _finish(self) -> None:
+        """With the lock held: if all is done, and nothing can come, do what comes last."""
+        if self._closed and not self._jobs and not self._busy and self._last is not None:
+            last, self._last = self._last, None
+            last()
+            self._state.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -69,5 +79,4 @@ class Pool:
                 del job
                 with self._state:
                     self._busy -= 1
-                    if self._closed:
-                        self._state.notify_all()
+                    self._finish()
