@@ -116,6 +116,7 @@ class LogicalUnit:
         self._fast: dict[Nexus, Fast] = {}
         self._background: set[Runner] = set()
         self._open = False
+        self._volatile: bool | None = None
 
     # Life
 
@@ -130,6 +131,8 @@ class LogicalUnit:
             self.store.close()
             raise
         self._open = True
+        # A store behind a network says later when it is there.
+        self.gone = not self.store.online
         self.refresh()
 
     def close(self, done: Done = lambda: None) -> None:
@@ -160,10 +163,17 @@ class LogicalUnit:
         self.block_size = size
         self.physical_block_size = physical
         self.blocks = store.size // size
-        if self.blocks == 0:
+        if self.blocks == 0 and store.online:
             raise ValueError(f"{store.spec}: {store.size} bytes hold no block of {size}")
         self.serial = self._wanted_serial or store.serial or f"{world_wide_name(store.spec):016x}"
-        self.modes.set_volatile_cache(store.wce)
+        self._learn_cache()
+
+    def _learn_cache(self) -> None:
+        if (
+            self._volatile is not self.store.wce
+        ):  # only then: what was selected of the caching page ends with it
+            self._volatile = self.store.wce
+            self.modes.set_volatile_cache(self._volatile)
 
     @property
     def read_only(self) -> bool:
@@ -277,6 +287,7 @@ class LogicalUnit:
         if self.gone is there:
             self.gone = not there
             if there:
+                self._learn_cache()
                 self.changed(Asc.NOT_READY_TO_READY_CHANGE)
         self.refresh()
 
