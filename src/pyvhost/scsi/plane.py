@@ -97,13 +97,13 @@ class DiskWorker(Worker):
         self.watch(uring.fd, select.EPOLLIN, blocks.EVENT_WAKE, 0)
         return uring
 
-    def own(self, ring: int, owner: Owner | None, poller: Poller) -> None:
+    def own(self, ring: int, owner: Owner | None, poller: Poller | None) -> None:
         """Says who is told of a ring's entries, on `poller`'s thread; None: nobody any more."""
         if owner is None:
             self._owners.pop(ring, None)
             return
         self._owners[ring] = owner
-        if poller not in self._pollers:
+        if poller is not None and poller not in self._pollers:
             self._pollers.add(poller)
             poller.register(self.python_fd, select.EPOLLIN, lambda _events: self.serve())
 

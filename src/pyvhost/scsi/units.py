@@ -1,0 +1,86 @@
+"""The table of logical units that the compiled loop looks a request's address up in.
+
+Promises: entries change while the loop runs, one word at a time; the table moves only while all queues are paused.
+Never: knows a command.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyvhost.dataplane import scsi_blocks as layout
+from pyvhost.dataplane.plain import load64, store64
+from pyvhost.scsi.queue import zeroed
+from pyvhost.scsi.requests import Address
+from pyvhost.vhost.worker import Int64s
+
+
+def _key(address: Address) -> int:
+    return layout.UNIT_VALID | address.target << 16 | address.lun
+
+
+class UnitTable:
+    """Units by address, at most a quarter full, so that a search ends soon."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._memory: Any
+        self._memory, self.address = zeroed(capacity * layout.UNIT_BYTES)
+        self.mask = capacity - 1
+        self._used = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether another unit wants a larger table."""
+        return self._used * 4 >= self.mask + 1
+
+    def grown(self) -> UnitTable:
+        """A larger one with the same units."""
+        larger = UnitTable(4 * (self.mask + 1))
+        for at in range(self.mask + 1):
+            entry = self.address + at * layout.UNIT_BYTES
+            key = load64(entry + layout.UNIT_KEY)
+            if key & layout.UNIT_VALID:
+                to = larger._free(key)
+                for word in range(0, layout.UNIT_BYTES, 8):
+                    store64(to + word, load64(entry + word))
+                larger._used += 1
+        return larger
+
+    def add(self, address: Address, row: Int64s) -> int:
+        """An entry for a unit, which the loop leaves to Python until it is told otherwise; its address."""
+        entry = self._free(_key(address))
+        for word in range(0, layout.UNIT_BYTES, 8):
+            store64(entry + word, 0)
+        store64(entry + layout.UNIT_FD, -1)
+        store64(entry + layout.UNIT_ROW, int(row.ctypes.data))
+        store64(entry + layout.UNIT_KEY, _key(address))
+        self._used += 1
+        return entry
+
+    def remove(self, address: Address) -> None:
+        """Takes a unit out; what the loop has of it under way goes on."""
+        entry = self.find(address)
+        if entry:
+            store64(entry + layout.UNIT_FAST, 0)
+            store64(entry + layout.UNIT_KEY, layout.UNIT_GONE)
+
+    def find(self, address: Address) -> int:
+        """A unit's entry; 0: there is none."""
+        key = _key(address)
+        for at in self._places(key):
+            entry = self.address + at * layout.UNIT_BYTES
+            if load64(entry + layout.UNIT_KEY) == key:
+                return entry
+        return 0
+
+    def _places(self, key: int) -> list[int]:
+        first = key * 0x9E3779B1 >> 8
+        return [(first + i) & self.mask for i in range(layout.UNIT_PROBES)]
+
+    def _free(self, key: int) -> int:
+        for at in self._places(key):
+            entry = self.address + at * layout.UNIT_BYTES
+            found = load64(entry + layout.UNIT_KEY)
+            if not found & layout.UNIT_VALID and load64(entry + layout.UNIT_IN_FLIGHT) == 0:
+                return entry
+        raise RuntimeError(f"no place among {self.mask + 1} for unit {key:#x}")
