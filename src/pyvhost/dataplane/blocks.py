@@ -107,6 +107,8 @@ RING: Final = int64s(
     "call_fd",
     "err_fd",
     "notify",
+    # Since when it waits for the IOTLB: nanoseconds.
+    "waits_since",
     # Whose it is, whether its parts are in memory, and whether it runs.
     "located",
     "running",
@@ -139,6 +141,8 @@ PORT: Final = int64s(
     "writable",
     "rx_dry",
     "tx_stalled",
+    # Its frames wait for a moment until another guest's buffers can be found.
+    "held_up",
     "idle_since",
     "busy_ns",
     # Scratch: room for one frame that is held back, and for what a stream has read or not yet written.

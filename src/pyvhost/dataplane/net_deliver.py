@@ -8,7 +8,7 @@ Never: makes a system call but the call of a guest that asked for it, save towar
 from __future__ import annotations
 
 from pyvhost.abi.virtio_net import HDR_F_NEEDS_CSUM, HDR_GSO_ECN
-from pyvhost.dataplane.access import load16, load32, load64, store64
+from pyvhost.dataplane.access import clock_ns, load16, load32, load64, store64
 from pyvhost.dataplane.blocks import (
     BATCH,
     C_BURSTS,
@@ -17,11 +17,13 @@ from pyvhost.dataplane.blocks import (
     C_NO_BUFFER,
     C_OVERSIZE,
     C_PACKETS,
+    IOTLB_MISS,
     MAX_FRAME,
     MEMBER_BYTES,
     MEMBER_PORT,
     MEMBER_PORTS,
     REASON_RING,
+    SCRATCH_CLOCK,
     SCRATCH_FRAME,
     SCRATCH_HEADER,
     SCRATCH_IOV,
@@ -45,12 +47,16 @@ from pyvhost.dataplane.tap_ring import record_received
 #: What `offer` answers besides a number of buffers.
 TOO_LARGE = -1
 FAULT = -2
+#: How long a sender is held up by a receiver whose front end has to be asked where its buffers are.
+_LONGEST_WAIT_NS = 100_000_000
 
 
 @kernel
 def guest_fault(worker: Record, rings: Records, index: int) -> None:
     """Stops ring `index`, whose record holds a fault or a miss, and has Python tell of it."""
     worker["faults"] = 1
+    if rings[index]["fault"] == IOTLB_MISS and rings[index]["waits_since"] == 0:
+        rings[index]["waits_since"] = clock_ns(worker["scratch"] + SCRATCH_CLOCK)
     if stop_at_fault(rings[index]):
         worker["reason"] |= REASON_RING
 
@@ -71,6 +77,14 @@ def offer(ring: Record, port: Record, batch: int, at: int, have: int, length: in
             return have if full else -1 - have
         have = grown
     return have
+
+
+@kernel
+def _waits(worker: Record, ring: Record) -> bool:
+    """Whether a ring waits for the IOTLB, and not for so long that its frames are to be dropped."""
+    if ring["running"] or ring["fault"] != IOTLB_MISS:
+        return False
+    return clock_ns(worker["scratch"] + SCRATCH_CLOCK) - ring["waits_since"] < _LONGEST_WAIT_NS
 
 
 @inline
@@ -179,7 +193,8 @@ def deliver(
 ) -> int:
     """Moves the frames of slots `first` to `end` into a port's receive ring; the slot after the last done with.
 
-    `lossless`: stop at a frame that finds no buffer now. Otherwise it is dropped and counted.
+    `lossless`: stop at a frame that finds no buffer now. Otherwise it is dropped and counted. -1 - slot: it is
+    to be tried again from there, for the receiver waits for the IOTLB.
     """
     out = ports[target]
     header = ports[source]["header"]
@@ -196,6 +211,8 @@ def deliver(
     if not ring["running"]:
         if lossless:
             return first
+        if _waits(worker, ring):
+            return -1 - first
         count(row, C_DROPS, end - first)
         return end
     out["rx_dry"] = 0
@@ -205,6 +222,7 @@ def deliver(
     at = 0
     packets = 0
     moved = 0
+    held = False
     done = first
     while done < end:
         slot = batch + done * SLOT_BYTES
@@ -261,11 +279,16 @@ def deliver(
         elif lossless:
             out["rx_dry"] = 1
             break
+        elif ring["fault"] == IOTLB_MISS:
+            held = True
+            break
         else:
             count(row, C_NO_BUFFER, 1)
             count(row, C_DROPS, 1)
         done += 1
     take(ring, at)
+    if packets:
+        ring["waits_since"] = 0
     if ring["fault"]:
         guest_fault(worker, rings, out["rx"])
     if packets:
@@ -273,7 +296,7 @@ def deliver(
         count(row, C_BYTES, moved)
         count(row, C_BURSTS, 1)
         publish(ring)
-    return done
+    return -1 - done if held else done
 
 
 @kernel
@@ -293,15 +316,27 @@ def _member_for(worker: Record, switch: int, member: int, slot: int, header: int
 
 
 @kernel
+def _alone(switch: int, own: int, other: int) -> bool:
+    """Whether a switch has no member that takes frames besides these two."""
+    for third in range(load64(switch + SWITCH_COUNT)):
+        member = load64(switch + SWITCH_MEMBERS) + third * MEMBER_BYTES
+        if third != own and third != other and load64(member + MEMBER_PORTS) > 0:
+            return False
+    return True
+
+
+@kernel
 def forward(
     worker: Record, rings: Records, ports: Records, source: int, batch: int, first: int, end: int
 ) -> int:
-    """Switches the frames of slots `first` to `end`: to the member they are for, or to all others."""
+    """Switches the frames of slots `first` to `end`, to the member they are for or to all others; the slot after
+    the last done with."""
     port = ports[source]
     switch = port["switch"]
     own = port["member"]
     header = port["header"]
     members = load64(switch + SWITCH_MEMBERS)
+    port["held_up"] = 0
     at = first
     target = _member_for(worker, switch, own, batch + at * SLOT_BYTES, header)
     while at < end:
@@ -317,7 +352,14 @@ def forward(
             ways = load64(member + MEMBER_PORTS)
             if other != own and ways > 0 and (target < 0 or target == other):
                 way = load64(member + MEMBER_PORT + 8 * (port["pair"] % ways))
-                deliver(worker, rings, ports, source, way, batch, at, run, False)
+                done = deliver(worker, rings, ports, source, way, batch, at, run, False)
+                if done < 0:
+                    if port["tx"] >= 0 and (target >= 0 or _alone(switch, own, other)):
+                        # The frames stay where they are, for a moment.
+                        port["held_up"] = 1
+                        return -1 - done
+                    # What goes to all was had by others already; an uplink can't wait.
+                    count(rings[ports[way]["rx"]]["row"], C_DROPS, run + 1 + done)
         at = run
         target = following
     return end

@@ -131,6 +131,8 @@ def _wait(worker: Record, rings: Records, ports: Records, timeout_ms: int) -> No
 def _rest(worker: Record, rings: Records, ports: Records, index: int, now: int) -> bool:
     """Whether a port without work may rest: not while it is polled, nor if asking for kicks shows work."""
     port = ports[index]
+    if port["held_up"]:
+        return False
     if port["busy_ns"]:
         if port["idle_since"] == 0:
             port["idle_since"] = now
