@@ -210,8 +210,10 @@ def test_a_server_that_stays_away(tmp_path: Path, poller: Poller) -> None:
 
 
 def test_a_server_that_stalls(tmp_path: Path, poller: Poller) -> None:
-    with nbdkit(tmp_path, "memory", "16M") as server, Disk(NbdStore(server.uri, timeout=1), poller) as disk:
+    with nbdkit(tmp_path, "memory", "16M") as server, Disk(NbdStore(server.uri, timeout=2), poller) as disk:
+        assert disk.write(0, b"S" * 512) == 0
         os.kill(server.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, server.pid, os.WSTOPPED)  # all of its threads
         memory = memoryview(bytearray(512))
         assert disk.call(lambda done: disk.store.read(0, [memory], done)) == errno.ETIMEDOUT
         os.kill(server.pid, signal.SIGCONT)
