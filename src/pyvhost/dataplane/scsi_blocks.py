@@ -48,6 +48,8 @@ UNIT_BLOCKS: Final = 32
 UNIT_DSYNC: Final = 48
 UNIT_ROW: Final = 56
 UNIT_IN_FLIGHT: Final = 64
+#: Python wants to know when the last operation has ended.
+UNIT_WATCHED: Final = 72
 UNIT_BYTES: Final = 128
 #: The key of unit `lun` of `target`: this bit and the two numbers.
 UNIT_VALID: Final = 1 << 32
@@ -112,6 +114,8 @@ ENTRIES: Final = 1 << 16
 TODO_CHAIN: Final = 1
 TODO_FAILED: Final = 2
 TODO_ENDED: Final = 3
+#: The last operation of a watched unit has ended (ring, head).
+TODO_DRAINED: Final = 4
 #: An entry to the loop: ring, head, bytes written.
 
 RESPONSE_BYTES: Final = 108

@@ -79,6 +79,7 @@ from pyvhost.dataplane.scsi_blocks import (
     UNIT_PROBES,
     UNIT_SHIFT,
     UNIT_VALID,
+    UNIT_WATCHED,
 )
 from pyvhost.dataplane.swap import swap16, swap32, swap64
 from pyvhost.dataplane.uring import OP_READV, OP_WRITEV, push
@@ -266,13 +267,18 @@ def respond(ring: Record, op: int, code: int) -> None:
 
 
 @inline
-def give_back(disks: int, op: int, number: int) -> None:
-    """An operation is free again."""
+def give_back(disks: int, op: int, number: int) -> bool:
+    """An operation is free again; whether Python waits for its unit, and it was the last."""
     unit = load64(op + OP_UNIT)
-    store64(unit + UNIT_IN_FLIGHT, load64(unit + UNIT_IN_FLIGHT) - 1)
+    left = load64(unit + UNIT_IN_FLIGHT) - 1
+    store64(unit + UNIT_IN_FLIGHT, left)
     store64(op + OP_STATE, 0)
     store64(op + OP_NEXT, load64(disks + DISKS_FREE))
     store64(disks + DISKS_FREE, number)
+    if left == 0 and load64(unit + UNIT_WATCHED):
+        store64(unit + UNIT_WATCHED, 0)
+        return True
+    return False
 
 
 @inline

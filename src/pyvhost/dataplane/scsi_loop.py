@@ -64,6 +64,7 @@ from pyvhost.dataplane.scsi_blocks import (
     OP_WRITTEN,
     RESPONSE_BYTES,
     TODO_CHAIN,
+    TODO_DRAINED,
     TODO_ENDED,
     TODO_FAILED,
     UNIT_ROW,
@@ -171,7 +172,9 @@ def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
             if abort:
                 tell(disks, TODO_ENDED, index, head, number)
                 signal(queues[ring["port"]]["python_fd"])
-        give_back(disks, op, number)
+        if give_back(disks, op, number):
+            tell(disks, TODO_DRAINED, index, head, number)
+            signal(queues[ring["port"]]["python_fd"])
         _activate(worker, rings, queues, ring["port"])
 
 

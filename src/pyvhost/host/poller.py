@@ -60,6 +60,8 @@ class _Watch:
     callback: Callback
     #: The round it was registered in. Events collected in that round are older than it: not for it.
     since: int
+    #: Whether it is also called by `run_inner`.
+    inner: bool = False
 
 
 class Poller:
@@ -76,15 +78,16 @@ class Poller:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
 
-    def register(self, fd: int, events: int, callback: Callback) -> None:
+    def register(self, fd: int, events: int, callback: Callback, inner: bool = False) -> None:
         """Call `callback(mask)` while one of `events` (select.EPOLLIN, ...), EPOLLHUP or EPOLLERR holds.
 
+        `inner`: also while a callback waits in `run_inner`.
         ValueError: already registered. OSError: EBADF, or EPERM for what can't be waited for (a plain file).
         """
         if fd in self._watches:
             raise ValueError(f"descriptor {fd} is registered already")
         self._epoll.register(fd, events)
-        self._watches[fd] = _Watch(events, callback, self._round)
+        self._watches[fd] = _Watch(events, callback, self._round, inner)
 
     def modify(self, fd: int, events: int, callback: Callback | None = None) -> None:
         """Wait for other events, and with another callback if one is given. KeyError: not registered.
@@ -152,6 +155,32 @@ class Poller:
             if self._stopping:
                 return
             self._call(self._soon.popleft())
+
+    def run_inner(self, until: Callable[[], bool], seconds: float) -> bool:
+        """From within a callback: go on with `inner` descriptors, timers and calls until `until()`, or time is up.
+
+        Whoever is called so must not wait for the callback that is waiting. Whether `until()` came true.
+        """
+        end = time.monotonic() + seconds
+        inner = [fd for fd, watch in self._watches.items() if watch.inner]
+        while not until():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
+            for fd in inner:
+                if fd in self._watches:
+                    poll.register(fd, self._watches[fd].events)
+            for fd, mask in poll.poll((self._patience(left) or 0.0) * 1000):
+                if fd == self._wake:
+                    self._wake_read()
+                elif fd in self._watches:
+                    self._call(self._watches[fd].callback, mask)
+            self._run_timers()
+            for _ in range(len(self._soon)):
+                self._call(self._soon.popleft())
+        return True
 
     def stop(self) -> None:
         """Make `run` return after the callback it is in. Any thread, or a signal handler."""

@@ -36,7 +36,7 @@ def parse_place(text: str) -> tuple[int, int]:
 def place(specs: Iterable[str | Lun], taken: Iterable[tuple[int, int]] = ()) -> list[Lun]:
     """The units that are meant; one without a place gets the first LUN of target 0 that nobody asks for.
 
-    `taken`: places that are in use. ValueError: a place that can't be, or is taken, or asked for twice; no place left.
+    `taken`: places that are in use. ValueError: a place that can't be, is taken, or is asked for twice; none left.
     """
     used = set(taken)
     found: list[Lun | str] = []

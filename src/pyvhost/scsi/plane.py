@@ -105,7 +105,7 @@ class DiskWorker(Worker):
         self._owners[ring] = owner
         if poller is not None and poller not in self._pollers:
             self._pollers.add(poller)
-            poller.register(self.python_fd, select.EPOLLIN, lambda _events: self.serve())
+            poller.register(self.python_fd, select.EPOLLIN, lambda _events: self.serve(), inner=True)
 
     def serve(self) -> None:
         """Tells the owners of what the loop has handed over. On the control thread."""

@@ -24,15 +24,14 @@ from pyvhost.host.poller import Poller
 from pyvhost.scsi.plane import DiskWorker
 from pyvhost.vhost import faults
 from pyvhost.vhost.chains import Chain, chain_in
-from pyvhost.vhost.vring import Vring
 from pyvhost.vhost.worker import Int64s, WorkerPlace
 
 _log = logging.getLogger(__name__)
 
 #: Handles a chain; the queue's `finish` is due some time.
 Handler = Callable[["RequestQueue", Chain], None]
-#: Told that an operation that was to be aborted has ended.
-Ended = Callable[[int], None]
+#: Told that an operation has ended (`scsi_blocks.TODO_ENDED` or `TODO_DRAINED`), and which one.
+Ended = Callable[[int, int], None]
 
 
 class RequestQueue(WorkerPlace):
@@ -82,11 +81,28 @@ class RequestQueue(WorkerPlace):
                 sweep(self.worker._records[0], self.worker.rings, self.worker.ports, self.port)
         self.disk_worker.serve()
 
+    @property
+    def dead(self) -> bool:
+        """Whether another queue has to take its place."""
+        return bool(self.worker.ports[self.port]["orphan"])
+
+    def alive(self, chain: Chain) -> bool:
+        """Whether somebody waits for a chain."""
+        return chain in self._chains
+
     def orphan(self) -> None:
         """Nobody waits for its chains any more: what is under way ends without a trace."""
         with self.worker.paused():
             self.worker.ports[self.port]["orphan"] = 1
+            self.worker.ports[self.port]["held_back"] = 1
         self._chains.clear()
+
+    def leave(self) -> None:
+        """Gives up its place, now or when the last of its chains has ended."""
+        if self.in_flight == 0:
+            self.close()
+        else:
+            self.orphan()
 
     def finish(self, chain: Chain, written: int) -> None:
         """A chain of Python's is done with: its response and data are written."""
@@ -113,8 +129,8 @@ class RequestQueue(WorkerPlace):
     # --- within -------------------------------------------------------------------------------------------
 
     def _told(self, kind: int, head: int, extra: int) -> None:
-        if kind == layout.TODO_ENDED:
-            self._ended(extra)
+        if kind in (layout.TODO_ENDED, layout.TODO_DRAINED):
+            self._ended(kind, extra)
         elif self.worker.ports[self.port]["orphan"]:
             self.disk_worker.finish(self.ring, head, 0)
         else:

@@ -1,6 +1,6 @@
 """The table of logical units that the compiled loop looks a request's address up in.
 
-Promises: entries change while the loop runs, one word at a time; the table moves only while all queues are paused.
+Promises: entries change while the loop runs, one word at a time; the table never moves.
 Never: knows a command.
 """
 
@@ -19,32 +19,17 @@ def _key(address: Address) -> int:
     return layout.UNIT_VALID | address.target << 16 | address.lun
 
 
+#: Entries: four for each unit that there may be, and memory only for those that are used.
+CAPACITY = 1 << 16
+
+
 class UnitTable:
     """Units by address, at most a quarter full, so that a search ends soon."""
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self) -> None:
         self._memory: Any
-        self._memory, self.address = zeroed(capacity * layout.UNIT_BYTES)
-        self.mask = capacity - 1
-        self._used = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether another unit wants a larger table."""
-        return self._used * 4 >= self.mask + 1
-
-    def grown(self) -> UnitTable:
-        """A larger one with the same units."""
-        larger = UnitTable(4 * (self.mask + 1))
-        for at in range(self.mask + 1):
-            entry = self.address + at * layout.UNIT_BYTES
-            key = load64(entry + layout.UNIT_KEY)
-            if key & layout.UNIT_VALID:
-                to = larger._free(key)
-                for word in range(0, layout.UNIT_BYTES, 8):
-                    store64(to + word, load64(entry + word))
-                larger._used += 1
-        return larger
+        self._memory, self.address = zeroed(CAPACITY * layout.UNIT_BYTES)
+        self.mask = CAPACITY - 1
 
     def add(self, address: Address, row: Int64s) -> int:
         """An entry for a unit, which the loop leaves to Python until it is told otherwise; its address."""
@@ -54,7 +39,6 @@ class UnitTable:
         store64(entry + layout.UNIT_FD, -1)
         store64(entry + layout.UNIT_ROW, int(row.ctypes.data))
         store64(entry + layout.UNIT_KEY, _key(address))
-        self._used += 1
         return entry
 
     def remove(self, address: Address) -> None:
@@ -83,4 +67,4 @@ class UnitTable:
             found = load64(entry + layout.UNIT_KEY)
             if not found & layout.UNIT_VALID and load64(entry + layout.UNIT_IN_FLIGHT) == 0:
                 return entry
-        raise RuntimeError(f"no place among {self.mask + 1} for unit {key:#x}")
+        raise RuntimeError(f"no place among {CAPACITY} for unit {key:#x}")

@@ -76,6 +76,11 @@ def _views(iov: int, count: int) -> list[memoryview]:
     return views
 
 
+def byteorder_of(record: Any) -> Literal["little", "big"]:
+    """The byte order of a ring's driver."""
+    return "big" if (sys.byteorder == "big") != bool(record["swap"]) else "little"
+
+
 def chain_in(slot: int, record: Any) -> Chain:
     """The chain that was walked into `slot` (`blocks.SLOT_*`), of the ring with this record."""
     iov = load64(slot + blocks.SLOT_IOV)
@@ -85,7 +90,7 @@ def chain_in(slot: int, record: Any) -> Chain:
         load64(slot + blocks.SLOT_HEAD),
         _views(iov, outs),
         _views(behind, ins),
-        "big" if (sys.byteorder == "big") != bool(record["swap"]) else "little",
+        byteorder_of(record),
         tuple((load64(behind + 16 * i + blocks.IOV_LOG), load64(behind + 16 * i + 8)) for i in range(ins)),
     )
 
@@ -217,6 +222,11 @@ class BufferRing(PythonRing):
 
     def __init__(self, name: str, poller: Poller, row: Int64s) -> None:
         super().__init__(name, lambda chain: 0, poller, row)
+
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """Of the words that the driver expects."""
+        return byteorder_of(self.record)
 
     def put(self, data: bytes) -> bool:
         """Puts `data` into the driver's next buffer; False if there is none that it fits into."""

@@ -395,7 +395,7 @@ class NbdStore(Store):
             return
         self._unwatch()
         if fd >= 0:
-            self._poller.register(fd, events, self._event)
+            self._poller.register(fd, events, self._event, inner=True)
             self._watched = fd
 
     def _unwatch(self) -> None:

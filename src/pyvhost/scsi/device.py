@@ -1,0 +1,453 @@
+"""The SCSI host device (virtio 1.2, 5.6): a guest's disks.
+
+Requests that only read or write go through the compiled loop (`scsi_loop`); all others, and all that the loop can't
+do, become tasks of a `Target`. The guest is one initiator, with a nexus of its own to each target.
+
+Promises: a request is answered once, or its ring is gone; a task management function is answered when what it
+stopped has stopped; a store that stalls holds up nobody else's requests.
+Never: carries out a command itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from pyvhost.abi import virtio
+from pyvhost.abi import virtio_scsi as abi
+from pyvhost.dataplane import scsi_blocks as layout
+from pyvhost.dataplane.plain import load64, store64
+from pyvhost.host.poller import Poller
+from pyvhost.scsi import requests
+from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.nexus import Nexus
+from pyvhost.scsi.plane import DiskWorker, Plane
+from pyvhost.scsi.queue import RequestQueue
+from pyvhost.scsi.requests import Address, Request
+from pyvhost.scsi.sense import Asc
+from pyvhost.scsi.stores import spec
+from pyvhost.scsi.stores.base import Store
+from pyvhost.scsi.target import Target
+from pyvhost.scsi.task import Task
+from pyvhost.scsi.unit import LogicalUnit
+from pyvhost.scsi.units import UnitTable
+from pyvhost.vhost.chains import BufferRing, Chain
+from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
+from pyvhost.vhost.errors import VhostError
+from pyvhost.vhost.vring import Place
+from pyvhost.vhost.worker import Int64s
+
+_log = logging.getLogger(__name__)
+
+MAX_REQUEST_QUEUES: Final = 128
+MAX_TARGETS: Final = 256
+#: Control and event queue come before the request queues (5.6.2).
+CONTROL: Final = 0
+EVENT: Final = 1
+REQUEST: Final = 2
+#: How long a stop waits for what a store has under way, in seconds.
+PATIENCE: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Lun:
+    """A logical unit as a user gives it: where it is, and its store (or the spec of one)."""
+
+    store: Store | str
+    target: int = 0
+    lun: int = 0
+    serial: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Lun:
+        """`[TARGET:LUN=]SPEC`. ValueError: no such address."""
+        head, equals, spec = text.partition("=")
+        target, colon, lun = head.partition(":")
+        if equals and colon and target.isdigit() and lun.isdigit():
+            return cls(spec, int(target), int(lun))
+        return cls(text)
+
+
+@dataclass
+class _Unit:
+    address: Address
+    unit: LogicalUnit
+    entry: int
+    row: Int64s
+    drained: list[Callable[[], object]]
+
+
+class ScsiDevice(Device):
+    """Disks for a guest.
+
+    `luns`: what there is at first, `[TARGET:LUN=]SPEC` each, or `Lun`s; without an address they get the lowest
+    free unit of target 0. `request_queues`: 1 to 128. ValueError: an argument that can't be.
+    """
+
+    kind: ClassVar[str] = "scsi"
+    virtio_id: ClassVar[int] = virtio.ID_SCSI
+
+    def __init__(
+        self,
+        luns: Iterable[Lun | str] = (),
+        *,
+        request_queues: int = 1,
+        busyloop_timeout: int = 0,
+        name: str | None = None,
+    ) -> None:
+        if not 1 <= request_queues <= MAX_REQUEST_QUEUES:
+            raise ValueError(f"request_queues is {request_queues}, expected 1 to {MAX_REQUEST_QUEUES}")
+        super().__init__(name or "scsi", REQUEST + request_queues, busyloop_timeout=busyloop_timeout)
+        self.request_queues = request_queues
+        self._first = [lun if isinstance(lun, Lun) else Lun.parse(lun) for lun in luns]
+        self._targets: dict[int, Target] = {}
+        self._units: dict[Address, _Unit] = {}
+        self._table = UnitTable()
+        self._queues: list[RequestQueue] = []
+        self._worker: DiskWorker | None = None
+        self._nexus = Nexus(self.name)
+        self._rows: list[Int64s] = []
+        self._events: BufferRing | None = None
+        self._missed = False
+        self._control: ControlQueue | None = None
+        #: Who waits for operations of the loop to end: by operation.
+        self._ending: dict[int, Callable[[], object]] = {}
+
+    def attach(self, poller: Poller) -> None:
+        """Opens the stores and takes its place in the process's workers."""
+        super().attach(poller)
+        plane = Plane.get()
+        plane.prepare()
+        try:
+            self._worker = plane.workers.take()
+            control, event = (self._row(queue) for queue in ("ctrl", "event"))
+            self._control = ControlQueue(self, f"{self.name}: control queue", poller, control)
+            self._events = BufferRing(f"{self.name}: event queue", poller, event)
+            self._events.on_buffers = self._tell_missed
+            for index in range(self.request_queues):
+                self._queues.append(self._make_queue(index))
+            for lun in self._first:
+                self.add_lun(lun)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- logical units, by whoever serves the device ------------------------------------------------------
+
+    @property
+    def luns(self) -> dict[Address, LogicalUnit]:
+        """What there is, by address."""
+        return {
+            address: unit.unit for address, unit in sorted(self._units.items(), key=lambda i: _order(i[0]))
+        }
+
+    def add_lun(self, lun: Lun | str) -> Address:
+        """A disk more, of which the guest hears; where it is. ValueError: no such place; OSError: no such store."""
+        lun = Lun.parse(lun) if isinstance(lun, str) else lun
+        assert self.poller is not None
+        address = Address(lun.target, lun.lun)
+        if not 0 <= lun.target < MAX_TARGETS:
+            raise ValueError(f"target {lun.target}: they go from 0 to {MAX_TARGETS - 1}")
+        if address in self._units:
+            raise ValueError(f"{lun.target}:{lun.lun} is taken by {self._units[address].unit.store.spec}")
+        store = spec.parse(lun.store) if isinstance(lun.store, str) else lun.store
+        unit = LogicalUnit(store, serial=lun.serial)
+        unit.open(self.poller)
+        target = self._targets.get(lun.target)
+        if target is None:
+            target = self._targets[lun.target] = Target(f"{self.name} {lun.target}")
+            target.attach(self._nexus)
+        row = self._row(f"{lun.target}:{lun.lun}", store.spec)
+        entry = self._table.add(address, row)
+        known = self._units[address] = _Unit(address, unit, entry, row, [])
+        unit.drain = lambda done: self._drain(known, done)
+        unit.on_fast_changed = lambda _unit: self._fast_changed(known)
+        unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
+        target.add(lun.lun, unit)
+        self._fast_changed(known)
+        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
+        return address
+
+    def remove_lun(self, address: Address) -> None:
+        """A disk less, of which the guest hears. KeyError: there is none."""
+        known = self._units.pop(address)
+        self._table.remove(address)
+
+        def gone() -> None:
+            self._release(known.row)
+
+        self._targets[address.target].remove(address.lun, gone)
+        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
+
+    # --- what vhost.Device asks ---------------------------------------------------------------------------
+
+    @property
+    def features(self) -> int:
+        """Offered, without what belongs to a transport."""
+        return TRANSPORT_FEATURES | 1 << abi.F_INOUT | 1 << abi.F_HOTPLUG | 1 << abi.F_CHANGE
+
+    def place_of(self, index: int) -> Place:
+        """Control, event, then the request queues."""
+        if self._control is None or self._events is None:
+            raise VhostError(errno.ENODEV, f"{self.name}: it is not served")
+        if index == CONTROL:
+            return self._control.ring
+        if index == EVENT:
+            return self._events
+        queue = self._queues[index - REQUEST]
+        if queue.dead:
+            queue = self._queues[index - REQUEST] = self._make_queue(index - REQUEST)
+        return queue
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Bytes of struct virtio_scsi_config (5.6.4)."""
+        config = abi.ScsiConfig(
+            num_queues=self.request_queues,
+            seg_max=126,
+            max_sectors=0xFFFF,
+            cmd_per_lun=128,
+            event_info_size=ctypes.sizeof(abi.ScsiEvent),
+            sense_size=abi.SENSE_SIZE,
+            cdb_size=abi.CDB_SIZE,
+            max_channel=0,
+            max_target=MAX_TARGETS - 1,
+            max_lun=requests.MAX_LUN,
+        )
+        return bytes(config)[offset : offset + size]
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        """A driver may write sense_size and cdb_size, of which the default is all that is served (5.6.4)."""
+        if self.get_config(offset, len(data)) != data:
+            raise VhostError(
+                errno.EINVAL,
+                f"{self.name}: configuration bytes {offset}+{len(data)}: only the defaults are served",
+            )
+
+    def set_vring_running(self, index: int, running: bool) -> None:
+        """Serve a vring, or let it rest: what it has begun is done first, as long as its store answers."""
+        if not running and 0 <= index < len(self.vrings) and self.vrings[index].place is not None:
+            self._settle(index)
+        super().set_vring_running(index, running)
+
+    def reset(self) -> None:
+        """The initiator is gone: its tasks are aborted, what the host has under way ends unseen."""
+        for queue in self._queues:
+            if queue.in_flight:
+                queue.orphan()
+        super().reset()
+        for target in self._targets.values():
+            target.detach(self._nexus)
+        self._nexus = Nexus(self.name)
+        for target in self._targets.values():
+            target.attach(self._nexus)
+        for known in self._units.values():
+            self._fast_changed(known)
+        self._missed = False
+
+    def close(self) -> None:
+        """Gives up rings, units and stores."""
+        self.reset()
+        for address in list(self._units):
+            self.remove_lun(address)
+        for queue in self._queues:
+            queue.leave()
+        self._queues = []
+        for row in self._rows:
+            Plane.get().counters.release(row)
+        self._rows = []
+        self._control = self._events = None
+        super().close()
+
+    # --- requests -----------------------------------------------------------------------------------------
+
+    def _request(self, queue: RequestQueue, chain: Chain) -> None:
+        request = Request.parse(chain)
+        if request is None:
+            # The loop has seen that it was long enough; the guest has changed it since.
+            queue.finish(chain, 0)
+            return
+        address = requests.parse_lun(request.lun)
+        target = self._targets.get(address.target) if address is not None else None
+        if address is None or target is None:
+            queue.finish(chain, request.respond(abi.S_BAD_TARGET))
+            return
+
+        def done(task: Task) -> None:
+            queue.finish(chain, request.complete(task) if queue.alive(chain) else 0)
+
+        task = Task(
+            request.cdb,
+            self._nexus,
+            done,
+            tag=request.tag,
+            attribute=request.task_attribute,
+            data_out=request.data_out,
+            data_in=request.data_in,
+            crn=request.crn,
+            priority=request.priority,
+        )
+        target.submit(task, address.lun)
+
+    def _settle(self, index: int) -> None:
+        """Has a vring's chains done with before it stops."""
+        if index < REQUEST:
+            return
+        queue = self._queues[index - REQUEST]
+        queue.hold_back(True)
+        assert self.poller is not None
+        if not self.poller.run_inner(lambda: queue.in_flight == 0, PATIENCE):
+            _log.error("%s: vring %d: %d requests do not end: given up", self.name, index, queue.in_flight)
+            queue.orphan()
+        else:
+            queue.hold_back(False)
+
+    # --- the compiled loop --------------------------------------------------------------------------------
+
+    def _fast_changed(self, known: _Unit) -> None:
+        unit, entry = known.unit, known.entry
+        store64(entry + layout.UNIT_FAST, 0)
+        fast = int(unit.fast(self._nexus)) if unit.store.fd >= 0 and self._has_uring else 0
+        if fast:
+            store64(entry + layout.UNIT_FD, unit.store.fd)
+            store64(entry + layout.UNIT_SHIFT, unit.block_size.bit_length() - 1)
+            store64(entry + layout.UNIT_BLOCKS, unit.blocks)
+            store64(entry + layout.UNIT_DSYNC, int(unit.write_through))
+            store64(entry + layout.UNIT_FAST, fast)
+
+    @property
+    def _has_uring(self) -> bool:
+        return self._worker is not None and self._worker.has_uring
+
+    def _drain(self, known: _Unit, done: Callable[[], object]) -> None:
+        assert self._worker is not None
+        with self._worker.paused():
+            if load64(known.entry + layout.UNIT_IN_FLIGHT):
+                store64(known.entry + layout.UNIT_WATCHED, 1)
+                known.drained.append(done)
+                return
+        done()
+
+    def sweep(self) -> None:
+        """Has all requests that came before a task management function begun."""
+        for queue in self._queues:
+            queue.sweep()
+
+    def abort_loop(self, chosen: Callable[[int, int], bool], code: int, done: Callable[[], object]) -> None:
+        """Aborts the loop's operations of which `chosen(unit's entry, tag)`; `done` when they have ended."""
+        assert self._worker is not None
+        waiting = 1
+
+        def one() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if waiting == 0:
+                done()
+
+        own = {queue.port for queue in self._queues}
+        with self._worker.paused():
+            for number in range(layout.OPS):
+                op = self._worker.ops + number * layout.OP_BYTES
+                if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
+                    tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
+                    if chosen(load64(op + layout.OP_UNIT), tag) and not load64(op + layout.OP_ABORT):
+                        store64(op + layout.OP_ABORT, code)
+                        waiting += 1
+                        self._ending[number] = one
+        one()
+
+    def in_loop(self, chosen: Callable[[int, int], bool]) -> bool:
+        """Whether the loop has an operation of which `chosen(unit's entry, tag)`."""
+        assert self._worker is not None
+        own = {queue.port for queue in self._queues}
+        with self._worker.paused():
+            for number in range(layout.OPS):
+                op = self._worker.ops + number * layout.OP_BYTES
+                if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
+                    tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
+                    if chosen(load64(op + layout.OP_UNIT), tag):
+                        return True
+        return False
+
+    def _ended(self, kind: int, number: int) -> None:
+        if kind == layout.TODO_ENDED:
+            ended = self._ending.pop(number, None)
+            if ended is not None:
+                ended()
+            return
+        for known in list(self._units.values()):
+            if known.drained and load64(known.entry + layout.UNIT_IN_FLIGHT) == 0:
+                waiting, known.drained = known.drained, []
+                for done in waiting:
+                    done()
+
+    # --- events -------------------------------------------------------------------------------------------
+
+    def _unit_changed(self, known: _Unit, asc: Asc) -> None:
+        self._fast_changed(known)
+        code = int(asc)
+        self._tell(abi.T_PARAM_CHANGE, known.address, code >> 8 | (code & 0xFF) << 8)
+
+    def _tell(self, event: int, address: Address, reason: int) -> None:
+        """Puts an event into the driver's next buffer, or remembers that one was missed (5.6.6.3)."""
+        wanted = abi.F_CHANGE if event == abi.T_PARAM_CHANGE else abi.F_HOTPLUG
+        if self._events is None or not self.acked_features >> wanted & 1:
+            return
+        if not self._put_event(event, address.encode(), reason):
+            self._missed = True
+
+    def _tell_missed(self) -> None:
+        if self._missed:
+            self._put_event(abi.T_NO_EVENT, bytes(8), 0)
+
+    def _put_event(self, event: int, lun: bytes, reason: int) -> bool:
+        assert self._events is not None
+        word = event | (abi.T_EVENTS_MISSED if self._missed else 0)
+        order = self._events.byteorder
+        if self._events.put(word.to_bytes(4, order) + lun + reason.to_bytes(4, order)):
+            self._missed = False
+            return True
+        return False
+
+    # --- within -------------------------------------------------------------------------------------------
+
+    @property
+    def nexus(self) -> Nexus:
+        """The guest, as an initiator."""
+        return self._nexus
+
+    def target(self, number: int) -> Target | None:
+        """The target of that number."""
+        return self._targets.get(number)
+
+    def entry(self, address: Address) -> int:
+        """A unit's entry in the loop's table; 0: there is none."""
+        known = self._units.get(address)
+        return known.entry if known is not None else 0
+
+    def _make_queue(self, index: int) -> RequestQueue:
+        assert self.poller is not None
+        assert self._worker is not None
+        name = f"{self.name}: vring {REQUEST + index}"
+        queue = RequestQueue(
+            self._worker, name, self._row(f"req{index}"), self.poller, self._request, self._ended
+        )
+        with self._worker.paused():
+            queue.use_units(self._table.address, self._table.mask)
+        return queue
+
+    def _row(self, queue: str, backend: str = "-") -> Int64s:
+        row = Plane.get().row(self.name, "scsi", queue, backend)
+        self._rows.append(row)
+        return row
+
+    def _release(self, row: Int64s) -> None:
+        self._rows = [other for other in self._rows if other is not row]
+        Plane.get().counters.release(row)
+
+
+def _order(address: Address) -> tuple[int, int]:
+    return address.target, address.lun
