@@ -15,6 +15,7 @@ import pytest
 
 from back_end import PATIENCE
 from pyvhost.cli.serving import Serving
+from pyvhost.control import client
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.net import NetDriver
 from pyvhost.driver.vhost_user import VhostUserFrontend
@@ -61,6 +62,30 @@ def test_it_listens_serves_and_ends_on_sigterm(path: Path) -> None:
             frontend.wait_closed()
         assert not path.exists()
         assert "-netdev vhost-user" in serving.tail()
+
+
+def test_its_control_socket_lies_beside(path: Path) -> None:
+    beside = path.with_name("vm0.sock.ctl")
+    with Serving(["net", "--socket-path", str(path), "--backend", "loop"], [path, beside]) as serving:
+        serving.wait_ready()
+        assert client.ask(str(path), "status", [])["link"] == "up"
+        client.ask(str(path), "link", ["down"])
+        assert client.ask(str(path), "status", [])["link"] == "down"
+        assert serving.close() == 0
+        assert not beside.exists()
+
+
+def test_a_control_socket_elsewhere_or_none(path: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "control"
+    with Serving(["net", "--socket-path", str(path), "--control", str(elsewhere)], [path, elsewhere]) as one:
+        one.wait_ready()
+        assert client.ask(str(elsewhere), "status", [])["backend"] == "null"
+        assert {each.name for each in tmp_path.iterdir()} == {"vm0.sock", "control"}
+    with Serving(["net", "--socket-path", str(path), "--no-control"], [path]) as one:
+        one.wait_ready()
+        with VhostUserFrontend.connect(path, timeout=PATIENCE) as frontend:
+            frontend.sync()
+        assert {each.name for each in tmp_path.iterdir()} == {"vm0.sock"}
 
 
 def test_it_ends_on_sigint_as_well(path: Path) -> None:
@@ -143,6 +168,9 @@ def test_capabilities_are_json_whatever_else_is_said() -> None:
         ([], "--socket-path"),
         (["--fd", "0", "--socket-path", "x"], "--socket-path"),
         (["--fd", "99"], "descriptor"),
+        (["--socket-path", "x", "--control", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--socket-path", "x", "--socket-path", "y", "--control", "z"], "--control"),
+        (["--socket-path", "x", "--no-control", "--control", "z"], "--control"),
         (["--fd", "0"], "socket"),
         (["--socket-path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--socket-path", "x" * 200], "107"),

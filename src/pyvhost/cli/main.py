@@ -1,4 +1,4 @@
-"""The command `pyvhost` and its parts, `pyvhost-net` among them.
+"""The command `pyvhost` and its parts, `pyvhost-net` and `pyvhost-scsi` among them.
 
 Promises: a command that does not serve imports no Numba; what the user got wrong is one line on standard error
 and exit status 2, what the host refuses is one line and status 1.
@@ -19,6 +19,8 @@ from pyvhost import __version__
 #: A command, the module that has `add_arguments(parser)` and `run(args) -> int`, and what it is for.
 COMMANDS: Final = (
     ("net", "pyvhost.cli.net", "serve network cards to guests"),
+    ("scsi", "pyvhost.cli.scsi", "serve disks to a guest"),
+    ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
     ("demo", "pyvhost.cli.demo", "boot guests and watch them use network cards that are served here"),
     ("top", "pyvhost.cli.top", "watch what is served"),
     ("doctor", "pyvhost.cli.doctor", "what this host can do, and what to install for the rest"),
@@ -95,13 +97,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(args.module, args)
 
 
-def main_net(arguments: Sequence[str] | None = None) -> int:
-    """`pyvhost-net`: `pyvhost net` as QEMU's back-end programs are called."""
-    parser = argparse.ArgumentParser(prog="pyvhost-net", description="Serve network cards to guests.")
+def _main_of(name: str, arguments: Sequence[str] | None) -> int:
+    """A serving command under a name of its own, as QEMU's back-end programs are called."""
+    module, what = next((module, what) for command, module, what in COMMANDS if command == name)
+    parser = argparse.ArgumentParser(prog=f"pyvhost-{name}", description=f"{what.capitalize()}.")
     parser.add_argument("--version", action="version", version=f"pyvhost {__version__}")
-    _fill(parser, "pyvhost.cli.net")
+    _fill(parser, module)
     args = parser.parse_args(arguments)
     return _run(args.module, args)
+
+
+def main_net(arguments: Sequence[str] | None = None) -> int:
+    """`pyvhost-net`: `pyvhost net`."""
+    return _main_of("net", arguments)
+
+
+def main_scsi(arguments: Sequence[str] | None = None) -> int:
+    """`pyvhost-scsi`: `pyvhost scsi`."""
+    return _main_of("scsi", arguments)
 
 
 if __name__ == "__main__":

@@ -8,37 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import shlex
-import sys
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
+
+from pyvhost.cli import serve
 
 if TYPE_CHECKING:
     from pyvhost.net.device import NetDevice
 
-_log = logging.getLogger(__name__)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost net`."""
-    where = parser.add_argument_group("where the front end is (one of)")
-    where.add_argument(
-        "--socket-path",
-        "--socket",
-        action="append",
-        metavar="PATH",
-        default=[],
-        help="listen on this Unix socket; repeated: a card for each, all with the same backend",
-    )
-    where.add_argument(
-        "--fd", type=int, metavar="FD", help="serve this inherited socket, listening or connected"
-    )
-    where.add_argument(
-        "--connect", action="store_true", help="dial PATH instead, again whenever it goes away"
-    )
-    parser.add_argument("--print-capabilities", action="store_true", help="print them as JSON, and exit")
+    serve.add_arguments(parser, "a card for each, all with the same backend")
     parser.add_argument(
         "--backend",
         default="null",
@@ -70,32 +50,17 @@ def run(args: argparse.Namespace) -> int:
     if args.print_capabilities:
         print(json.dumps({"type": "net"}))
         return 0
-    if (args.fd is None) == (not args.socket_path):
-        print("pyvhost: give --socket-path or --fd, one of them", file=sys.stderr)
-        return 2
-    if args.connect and args.fd is not None:
-        print("pyvhost: --connect goes with --socket-path", file=sys.stderr)
+    if not serve.possible(args):
         return 2
     from pyvhost.net.process import Process
-    from pyvhost.vhost_user.server import Server
 
     if args.workers is not None:
         Process.configure(workers=args.workers)
-    with ExitStack() as closing, Server() as server:
-        places = args.socket_path or [None]
-        for path in places:
-            device = _device(args, path if len(places) > 1 else None)
-            closing.callback(device.close)
-            if path is None:
-                server.serve_fd(args.fd, device)
-            elif args.connect:
-                server.connect(path, device)
-            else:
-                server.listen(path, device)
-            if path is not None:
-                _log.info("%s: for QEMU: %s", path, qemu_line(path, args.queue_pairs, connect=args.connect))
-        server.run()
-    return 0
+    return serve.run(
+        args,
+        lambda path: _device(args, path if len(args.socket_path) > 1 else None),
+        lambda path: {"QEMU": qemu_line(path, args.queue_pairs, connect=args.connect)},
+    )
 
 
 def _device(args: argparse.Namespace, path: str | None) -> NetDevice:
@@ -114,16 +79,8 @@ def _device(args: argparse.Namespace, path: str | None) -> NetDevice:
 
 def qemu_line(path: str, queue_pairs: int = 1, *, connect: bool = False) -> str:
     """The QEMU options that attach a guest to the socket `path`."""
-    server = ",server=on,wait=off" if connect else ""
     several = queue_pairs > 1
     queues = f",queues={queue_pairs}" if several else ""
-    kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    # QEMU 7.2 crashes where it emulates and the card has MSI-X vectors.
-    vectors = f",vectors={2 * queue_pairs + 2 if kvm else 0}" if several or not kvm else ""
+    vectors = serve.vectors(2 * queue_pairs + 2, several)
     card = f"virtio-net-pci,netdev=net0{',mq=on' if several else ''}{vectors}"
-    return (
-        f"-accel {'kvm' if kvm else 'tcg'}"
-        f" -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem -m SIZE"
-        f" -chardev socket,id=vhost0,path={shlex.quote(path)}{server}"
-        f" -netdev vhost-user,id=net0,chardev=vhost0{queues} -device {card}"
-    )
+    return f"{serve.qemu_options(path, connect)} -netdev vhost-user,id=net0,chardev=vhost0{queues} -device {card}"

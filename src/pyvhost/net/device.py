@@ -229,6 +229,11 @@ class NetDevice(Device):
             self._mac = new_mac()
         return self._mac
 
+    @property
+    def link(self) -> bool:
+        """Whether the guest sees a cable that is plugged in."""
+        return bool(self._status & abi.S_LINK_UP)
+
     def set_link(self, up: bool) -> None:
         """Shows the guest a cable that is plugged in, or not."""
         self._set_status(self._status | abi.S_LINK_UP if up else self._status & ~abi.S_LINK_UP)
