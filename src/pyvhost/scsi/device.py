@@ -15,7 +15,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as abi
@@ -24,6 +24,7 @@ from pyvhost.dataplane.plain import load64, store64
 from pyvhost.host.poller import Poller
 from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
 from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
@@ -31,6 +32,9 @@ from pyvhost.scsi.requests import Address, Request
 from pyvhost.scsi.sense import Asc
 from pyvhost.scsi.stores import spec
 from pyvhost.scsi.stores.base import Store
+from pyvhost.scsi.stores.descriptor import DescriptorStore
+from pyvhost.scsi.stores.memory import MemoryStore
+from pyvhost.scsi.stores.wrappers import innermost
 from pyvhost.scsi.target import Target
 from pyvhost.scsi.task import Task
 from pyvhost.scsi.unit import LogicalUnit
@@ -44,7 +48,6 @@ from pyvhost.vhost.worker import Int64s
 _log = logging.getLogger(__name__)
 
 MAX_REQUEST_QUEUES: Final = 128
-MAX_TARGETS: Final = 256
 #: Control and event queue come before the request queues (5.6.2).
 CONTROL: Final = 0
 EVENT: Final = 1
@@ -53,23 +56,12 @@ REQUEST: Final = 2
 PATIENCE: Final = 10.0
 
 
-@dataclass(frozen=True)
-class Lun:
-    """A logical unit as a user gives it: where it is, and its store (or the spec of one)."""
+class Served(NamedTuple):
+    """A logical unit that is served: where it is, and what keeps it."""
 
-    store: Store | str
-    target: int = 0
-    lun: int = 0
-    serial: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Lun:
-        """`[TARGET:LUN=]SPEC`. ValueError: no such address."""
-        head, equals, spec = text.partition("=")
-        target, colon, lun = head.partition(":")
-        if equals and colon and target.isdigit() and lun.isdigit():
-            return cls(spec, int(target), int(lun))
-        return cls(text)
+    target: int
+    lun: int
+    store: Store
 
 
 @dataclass
@@ -84,8 +76,9 @@ class _Unit:
 class ScsiDevice(Device):
     """Disks for a guest.
 
-    `luns`: what there is at first, `[TARGET:LUN=]SPEC` each, or `Lun`s; without an address they get the lowest
-    free unit of target 0. `request_queues`: 1 to 128. ValueError: an argument that can't be.
+    `luns`: what there is at first, `[TARGET:LUN=]SPEC` each; without a place they get the first free unit of target
+    0. `request_queues`: 1 to 128. `busyloop_timeout`: microseconds that a queue is polled before it rests.
+    ValueError: an argument that can't be.
     """
 
     kind: ClassVar[str] = "scsi"
@@ -93,7 +86,7 @@ class ScsiDevice(Device):
 
     def __init__(
         self,
-        luns: Iterable[Lun | str] = (),
+        luns: Iterable[str | Lun] = (),
         *,
         request_queues: int = 1,
         busyloop_timeout: int = 0,
@@ -103,7 +96,7 @@ class ScsiDevice(Device):
             raise ValueError(f"request_queues is {request_queues}, expected 1 to {MAX_REQUEST_QUEUES}")
         super().__init__(name or "scsi", REQUEST + request_queues, busyloop_timeout=busyloop_timeout)
         self.request_queues = request_queues
-        self._first = [lun if isinstance(lun, Lun) else Lun.parse(lun) for lun in luns]
+        self._first = place(luns)
         self._targets: dict[int, Target] = {}
         self._units: dict[Address, _Unit] = {}
         self._table = UnitTable()
@@ -131,7 +124,7 @@ class ScsiDevice(Device):
             for index in range(self.request_queues):
                 self._queues.append(self._make_queue(index))
             for lun in self._first:
-                self.add_lun(lun)
+                self.add_lun(*lun)
         except BaseException:
             self.close()
             raise
@@ -139,49 +132,67 @@ class ScsiDevice(Device):
     # --- logical units, by whoever serves the device ------------------------------------------------------
 
     @property
-    def luns(self) -> dict[Address, LogicalUnit]:
-        """What there is, by address."""
-        return {
-            address: unit.unit for address, unit in sorted(self._units.items(), key=lambda i: _order(i[0]))
-        }
+    def luns(self) -> list[Served]:
+        """What there is."""
+        return [Served(at.target, at.lun, known.unit.store) for at, known in self._units.items()]
 
-    def add_lun(self, lun: Lun | str) -> Address:
-        """A disk more, of which the guest hears; where it is. ValueError: no such place; OSError: no such store."""
-        lun = Lun.parse(lun) if isinstance(lun, str) else lun
+    def unit(self, target: int, lun: int) -> LogicalUnit:
+        """A unit. KeyError: there is none."""
+        return self._units[Address(target, lun)].unit
+
+    def add_lun(self, target: int, lun: int, store: Store | str, *, serial: str | None = None) -> None:
+        """A disk more, of which the guest hears. ValueError: no such place, or it is taken; OSError: no such store."""
         assert self.poller is not None
-        address = Address(lun.target, lun.lun)
-        if not 0 <= lun.target < MAX_TARGETS:
-            raise ValueError(f"target {lun.target}: they go from 0 to {MAX_TARGETS - 1}")
+        if not 0 <= target <= MAX_TARGET or not 0 <= lun <= MAX_LUN:
+            raise ValueError(f"LUN {target}:{lun}: targets go from 0 to {MAX_TARGET}, LUNs to {MAX_LUN}")
+        address = Address(target, lun)
         if address in self._units:
-            raise ValueError(f"{lun.target}:{lun.lun} is taken by {self._units[address].unit.store.spec}")
-        store = spec.parse(lun.store) if isinstance(lun.store, str) else lun.store
-        unit = LogicalUnit(store, serial=lun.serial)
+            raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
+        store = spec.parse(store) if isinstance(store, str) else store
+        unit = LogicalUnit(store, serial=serial)
         unit.open(self.poller)
-        target = self._targets.get(lun.target)
-        if target is None:
-            target = self._targets[lun.target] = Target(f"{self.name} {lun.target}")
-            target.attach(self._nexus)
-        row = self._row(f"{lun.target}:{lun.lun}", store.spec)
+        there = self._targets.get(target)
+        if there is None:
+            there = self._targets[target] = Target(f"{self.name} {target}")
+            there.attach(self._nexus)
+        row = self._row(f"{target}:{lun}", store.spec)
         entry = self._table.add(address, row)
         known = self._units[address] = _Unit(address, unit, entry, row, [])
         unit.drain = lambda done: self._drain(known, done)
         unit.on_fast_changed = lambda _unit: self._fast_changed(known)
         unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
-        target.add(lun.lun, unit)
+        there.add(lun, unit)
         self._fast_changed(known)
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
-        return address
 
-    def remove_lun(self, address: Address) -> None:
-        """A disk less, of which the guest hears. KeyError: there is none."""
-        known = self._units.pop(address)
+    def remove_lun(self, target: int, lun: int) -> None:
+        """A disk less, of which the guest hears. ValueError: there is none."""
+        address = Address(target, lun)
+        known = self._units.pop(address, None)
+        if known is None:
+            raise ValueError(f"there is no LUN {target}:{lun}")
         self._table.remove(address)
 
         def gone() -> None:
             self._release(known.row)
 
-        self._targets[address.target].remove(address.lun, gone)
+        self._targets[target].remove(lun, gone)
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
+
+    def resize_lun(self, target: int, lun: int, size: int | None = None) -> None:
+        """Looks for a disk's new size now, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
+        known = self._units.get(Address(target, lun))
+        if known is None:
+            raise ValueError(f"there is no LUN {target}:{lun}")
+        store = innermost(known.unit.store)
+        if size is None and isinstance(store, DescriptorStore):
+            store.check_size()
+        elif size is not None and isinstance(store, MemoryStore):
+            store.resize(size)
+        else:
+            raise VhostError(
+                errno.EOPNOTSUPP, f"{self.name}: LUN {target}:{lun}: {store.spec} is resized where it lies"
+            )
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
@@ -214,8 +225,8 @@ class ScsiDevice(Device):
             sense_size=abi.SENSE_SIZE,
             cdb_size=abi.CDB_SIZE,
             max_channel=0,
-            max_target=MAX_TARGETS - 1,
-            max_lun=requests.MAX_LUN,
+            max_target=MAX_TARGET,
+            max_lun=MAX_LUN,
         )
         return bytes(config)[offset : offset + size]
 
@@ -252,7 +263,7 @@ class ScsiDevice(Device):
         """Gives up rings, units and stores."""
         self.reset()
         for address in list(self._units):
-            self.remove_lun(address)
+            self.remove_lun(address.target, address.lun)
         for queue in self._queues:
             queue.leave()
         self._queues = []
@@ -447,7 +458,3 @@ class ScsiDevice(Device):
     def _release(self, row: Int64s) -> None:
         self._rows = [other for other in self._rows if other is not row]
         Plane.get().counters.release(row)
-
-
-def _order(address: Address) -> tuple[int, int]:
-    return address.target, address.lun

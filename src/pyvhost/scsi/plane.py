@@ -18,9 +18,8 @@ import numpy as np
 
 from pyvhost.dataplane import blocks, policy, split_ring
 from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.access import load64, store64
 from pyvhost.dataplane.dirty_log import log_used
-from pyvhost.dataplane.plain import load64_acquire, store64_release
+from pyvhost.dataplane.plain import load64, load64_acquire, store64, store64_release
 from pyvhost.dataplane.scsi_loop import scsi_loop, sweep
 from pyvhost.dataplane.walk import walk
 from pyvhost.host import eventfd
