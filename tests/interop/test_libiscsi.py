@@ -53,17 +53,21 @@ def portal(
         poller.close()
 
 
-@pytest.mark.parametrize(
-    "what",
-    [{}, {"removable": True}, {"block_size": 4096}, {"atomic": 1 << 20}],
-    ids=["plain", "removable", "4096", "atomic"],
-)
-def test_scsi_families_pass(tmp_path: Path, what: dict[str, int]) -> None:
+@pytest.mark.parametrize(("block_size", "removable"), [(512, True), (4096, False)])
+def test_scsi_families_pass(tmp_path: Path, block_size: int, removable: bool) -> None:
     program = need_program("iscsi-test-cu", package="libiscsi-bin")
-    with portal(tmp_path, **what) as url:
-        # The same URL twice: the multipath tests want two ways to one unit.
-        command = [program, "--dataloss", "--silent", "--normal", "--ignore", "--test", "SCSI", url, url]
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    with portal(tmp_path, block_size=block_size, removable=removable, atomic=1 << 20) as url:
+        # The same URL twice is two ways to one unit, for the multipath tests. With a removable medium there are
+        # tests that don't reckon with the second way's unit attention after a reset.
+        urls = [url] if removable else [url, url]
+        ended = subprocess.run(
+            [program, "--dataloss", "--silent", "--normal", "--ignore", "--test", "SCSI", *urls],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            check=False,
+        )
     said = ended.stdout + ended.stderr
     summary = re.search(r"tests +(\d+) +(\d+) +(\d+) +(\d+)", said)
     assert summary is not None, said[-4000:]
