@@ -7,9 +7,11 @@ imported only when asked for. Never: listens anywhere by itself but where it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvhost.observe.rates import Queue, queues
+from pyvhost.observe import latency
+from pyvhost.observe.rates import Queue, counted, is_disk, queues
 from pyvhost.observe.reader import Process, Snapshot
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ MEANINGS: Final = {
     "packets": "Frames that passed.",
     "bytes": "Bytes of frames that passed.",
     "drops": "Frames that were dropped, for whatever reason.",
-    "errors": "Frames that were malformed, or that the backend refused.",
+    "errors": "Frames that were malformed, or that the backend refused; of a logical unit, operations that failed.",
     "kicks": "Notifications from the driver.",
     "calls": "Notifications to the driver.",
     "calls_suppressed": "Notifications that the driver did not want.",
@@ -29,6 +31,10 @@ MEANINGS: Final = {
     "oversize": "Frames that no buffer could hold.",
     "no_buffer": "Times that frames had to wait for a buffer of the driver's.",
     "faults": "Times that the ring was stopped because of what the driver had written.",
+    "reads": "Reads that a logical unit has done.",
+    "writes": "Writes that a logical unit has done.",
+    "read_bytes": "Bytes that were read.",
+    "written_bytes": "Bytes that were written.",
 }
 
 
@@ -52,14 +58,20 @@ def _process(process: Process, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _queue(queue: Queue) -> dict[str, Any]:
+    counters = counted(queue.row)
     rates = None
     if queue.growth is not None and queue.seconds > 0:
-        rates = {name: growth / queue.seconds for name, growth in queue.growth.items()}
+        rates = {name: queue.growth[name] / queue.seconds for name in counters}
+    common = {"labels": queue.row.labels, "counters": counters, "rates": rates}
+    if queue.is_disk:
+        return common | {
+            "latency_buckets": latency.buckets(queue.row.values),
+            "latency_us": {f"p{part:g}": queue.percentile(part / 100) for part in (50, 90, 99, 99.9)},
+            "queue_depth": queue.depth(),
+        }
+    if rates is not None:
         rates["bits"] = 8 * rates.get("bytes", 0.0)
-    return {
-        "labels": queue.row.labels,
-        "counters": queue.row.values,
-        "rates": rates,
+    return common | {
         "syscalls_per_packet": queue.syscalls_per_packet(),
         "packets_per_batch": queue.batch(),
         "calls_suppressed_part": queue.suppressed(),
@@ -69,7 +81,8 @@ def _queue(queue: Queue) -> dict[str, Any]:
 class Collector:
     """A custom collector for `prometheus_client`: looks when it is asked, keeps nothing in between.
 
-    Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend.
+    Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend; the latencies
+    of a logical unit, ``pyvhost_latency_seconds``, a histogram without its sum.
     """
 
     LABELS: Final = ("device", "kind", "queue", "backend")
@@ -78,15 +91,19 @@ class Collector:
         self._look = look
 
     def collect(self) -> Iterable[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         snapshot = self._look()
         labels = ("pid", *self.LABELS)
         sums: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in MEANINGS}
+        latencies: dict[tuple[str, ...], list[int]] = {}
         for process in snapshot.processes:
             for row in process.rows:
                 whose = (str(process.pid), *(row.label(name) for name in self.LABELS))
-                for name, value in row.values.items():
+                if is_disk(row) and (counts := latency.buckets(row.values)):
+                    known = latencies.get(whose, [0] * len(counts))
+                    latencies[whose] = [one + other for one, other in zip(known, counts, strict=False)]
+                for name, value in counted(row).items():
                     # Two rows of the same labels would be the same series twice.
                     series = sums.setdefault(name, {})
                     series[whose] = series.get(whose, 0) + value
@@ -96,6 +113,12 @@ class Collector:
             for whose, value in series.items():
                 counter.add_metric(whose, value)
             yield counter
+        histogram = HistogramMetricFamily(
+            "pyvhost_latency_seconds", "From a command's arrival to its end.", labels=labels
+        )
+        for whose, counts in latencies.items():
+            histogram.add_metric(whose, _cumulative(counts), None)
+        yield histogram
         started = GaugeMetricFamily(
             "pyvhost_process_start_time_seconds",
             "When the process started, since the epoch.",
@@ -109,6 +132,11 @@ class Collector:
             "Counters' files that were found and could not be believed.",
             value=len(snapshot.problems),
         )
+
+
+def _cumulative(counts: list[int]) -> list[tuple[str, float]]:
+    ends = [str(latency.bounds(bucket)[1] / 1e6) for bucket in range(len(counts) - 1)]
+    return list(zip([*ends, "+Inf"], accumulate(map(float, counts)), strict=True))
 
 
 def serve_prometheus(address: str, port: int, look: Callable[[], Snapshot]) -> tuple[Any, int]:

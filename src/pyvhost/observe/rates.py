@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from pyvhost.observe import latency
 from pyvhost.observe.reader import Process, Row, Snapshot
 
 #: The kind of a row that is no device's queue but a thread's that serves queues.
 WORKER: Final = "worker"
+#: The kind of a row of a SCSI device: a queue's, or a logical unit's, TARGET:LUN.
+SCSI: Final = "scsi"
+#: What is counted of logical units alone; of what others count, they have errors.
+DISK_FIELDS: Final = ("reads", "writes", "read_bytes", "written_bytes")
 
 #: Names a queue across snapshots: its file, its use of a row, its labels.
 Key = tuple[str, int, tuple[tuple[str, str], ...]]
@@ -72,6 +77,58 @@ class Queue:
                     return counters["calls_suppressed"] / chances
         return None
 
+    # --- of a logical unit -----------------------------------------------------------------------------------
+
+    @property
+    def is_disk(self) -> bool:
+        """Whether this is no queue but a logical unit."""
+        return is_disk(self.row)
+
+    def iops(self) -> float | None:
+        """Reads and writes a second."""
+        return self._both("reads", "writes")
+
+    def throughput(self) -> float | None:
+        """Bytes a second, both ways."""
+        return self._both("read_bytes", "written_bytes")
+
+    def pace(self) -> float | None:
+        """What it does a second: reads and writes, or packets."""
+        return self.iops() if self.is_disk else self.rate("packets")
+
+    def percentile(self, part: float) -> float | None:
+        """The latency in microseconds that `part` of the operations stayed below: lately, or in all its life."""
+        for counters in (self.growth, self.row.values):
+            if counters and (found := latency.percentile(latency.buckets(counters), part)) is not None:
+                return found
+        return None
+
+    def depth(self) -> float | None:
+        """How many operations were under way, on average (Little's law); None if unknown."""
+        if self.growth is None or self.seconds <= 0:
+            return None
+        return latency.total_us(latency.buckets(self.growth)) / 1e6 / self.seconds
+
+    def _both(self, one: str, other: str) -> float | None:
+        first, second = self.rate(one), self.rate(other)
+        return None if first is None or second is None else first + second
+
+
+def is_disk(row: Row) -> bool:
+    """Whether a row is a logical unit's."""
+    return row.label("kind") == SCSI and ":" in row.label("queue")
+
+
+def counted(row: Row) -> dict[str, int]:
+    """The counters that mean something for such a row, without the latencies."""
+    if is_disk(row):
+        return {name: row.values[name] for name in (*DISK_FIELDS, "errors") if name in row.values}
+    return {
+        name: value
+        for name, value in row.values.items()
+        if name not in DISK_FIELDS and not name.startswith(latency.PREFIX)
+    }
+
 
 def key(process: Process, row: Row) -> Key:
     return f"{process.path}@{process.started}", row.generation, tuple(sorted(row.labels.items()))
@@ -81,13 +138,17 @@ def key(process: Process, row: Row) -> Key:
 _UNNUMBERED = 10**9
 
 
-def _order(row: Row) -> tuple[bool, str, int, str]:
-    """By device, then rx0, tx0, rx1, ..., rx10; workers behind all devices."""
+def _order(row: Row) -> tuple[bool, str, bool, int, int, str]:
+    """By device, then 0:0, 0:1, ... and rx0, tx0, rx1, ..., rx10; workers behind all devices."""
     queue = row.label("queue")
     name = queue.rstrip("0123456789")
-    number = queue[len(name) :]
-    place = int(number[:9]) if number.isascii() and number else _UNNUMBERED
-    return row.label("kind") == WORKER, row.label("device"), place, name
+    number = _number(queue[len(name) :])
+    target = _number(name.removesuffix(":")) if is_disk(row) else 0
+    return row.label("kind") == WORKER, row.label("device"), not is_disk(row), target, number, name
+
+
+def _number(text: str) -> int:
+    return int(text[:9]) if text.isascii() and text.isdecimal() else _UNNUMBERED
 
 
 def queues(snapshot: Snapshot, previous: Snapshot | None = None, dt: float | None = None) -> Iterator[Queue]:

@@ -1,4 +1,4 @@
-"""The live table: a line a queue, its traffic drawn beside its numbers.
+"""The live tables: a line a disk or a queue, its traffic drawn beside its numbers.
 
 Promises: fits the width it is given, by leaving out what matters less; says which files were not believed.
 Never: obeys markup or control characters in a label; does input or output.
@@ -13,10 +13,11 @@ from typing import Final
 
 from rich import box
 from rich.cells import cell_len
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyvhost.observe.rates import WORKER, Key, Queue, queues
+from pyvhost.observe.rates import SCSI, WORKER, Key, Queue, queues
 from pyvhost.observe.reader import Snapshot
 
 #: Moments that a queue's drawing goes back.
@@ -29,7 +30,7 @@ _BETWEEN = 2
 
 
 class History:
-    """What each queue's packets a second were lately; a queue that is gone is forgotten."""
+    """What each queue's packets, or disk's operations, a second were lately; one that is gone is forgotten."""
 
     def __init__(self) -> None:
         self._moments: dict[Key, deque[float]] = {}
@@ -39,7 +40,7 @@ class History:
         kept: dict[Key, deque[float]] = {}
         for queue in now:
             moments = self._moments.get(queue.key) or deque(maxlen=MOMENTS)
-            rate = queue.rate("packets")
+            rate = queue.pace()
             if rate is not None:
                 moments.append(rate)
             kept[queue.key] = moments
@@ -86,6 +87,18 @@ def _percent(value: float | None) -> str:
     return _NONE if value is None else f"{100 * value:.0f} %"
 
 
+def duration(microseconds: float | None) -> str:
+    """Three digits and a unit: 84.0 us, 1.20 ms."""
+    if microseconds is None:
+        return _NONE
+    for unit in ("us", "ms", "s"):
+        if microseconds < 999.5 or unit == "s":
+            break
+        microseconds /= 1000
+    digits = 2 if microseconds < 9.995 else 1 if microseconds < 99.95 else 0
+    return f"{microseconds:.{digits}f} {unit}"
+
+
 @dataclass(frozen=True)
 class _Column:
     title: str
@@ -97,8 +110,10 @@ class _Column:
 
 
 _DRAWING: Final = "lately"
+#: The counter that is shown yellow when it is not 0: of a queue, of a disk.
+_TROUBLE: Final = {False: "drops", True: "errors"}
 
-_COLUMNS: Final = (
+_QUEUES: Final = (
     _Column("device", lambda q: q.row.label("device") or str(q.process.pid), 100, "bold", left=True),
     _Column("backend", lambda q: q.row.label("backend"), 2, left=True),
     _Column("queue", lambda q: q.row.label("queue"), 100, left=True),
@@ -116,6 +131,24 @@ _COLUMNS: Final = (
 )
 
 
+_DISKS: Final = (
+    _Column("device", lambda q: q.row.label("device") or str(q.process.pid), 100, "bold", left=True),
+    _Column("store", lambda q: q.row.label("backend"), 2, left=True),
+    _Column("LUN", lambda q: q.row.label("queue"), 100, left=True),
+    _Column("IOPS", lambda q: scaled(q.iops()), 100, "green"),
+    _Column(_DRAWING, lambda q: "", 11, "cyan", left=True),
+    _Column("bytes/s", lambda q: scaled(q.throughput()), 90, "green"),
+    _Column("reads/s", lambda q: scaled(q.rate("reads")), 5),
+    _Column("read/s", lambda q: scaled(q.rate("read_bytes")), 3),
+    _Column("writes/s", lambda q: scaled(q.rate("writes")), 6),
+    _Column("written/s", lambda q: scaled(q.rate("written_bytes")), 4),
+    _Column("p50", lambda q: duration(q.percentile(0.5)), 9),
+    _Column("p99", lambda q: duration(q.percentile(0.99)), 10),
+    _Column("depth", lambda q: _ratio(q.depth()), 8),
+    _Column(_TROUBLE[True], lambda q: scaled(q.total("errors")), 7),
+)
+
+
 def render(
     snapshot: Snapshot,
     previous: Snapshot | None = None,
@@ -123,15 +156,27 @@ def render(
     *,
     history: History | None = None,
     width: int = 160,
-) -> Table:
-    """The table of `snapshot`; rates are since `previous`, `dt` seconds before (by default, as they say).
+) -> RenderableType:
+    """The tables of `snapshot`; rates are since `previous`, `dt` seconds before (by default, as they say).
 
     `history`: told of this moment, and drawn. `width`: in terminal cells.
     """
     now = list(queues(snapshot, previous, dt))
     if history is not None:
         history.add(now)
-    columns, drawing = _fitting(now, width, history)
+    disks = [queue for queue in now if queue.is_disk]
+    others = [queue for queue in now if not queue.is_disk]
+    tables = []
+    if disks:
+        tables.append(_table(disks, _DISKS, history, width))
+    if others or not disks:
+        tables.append(_table(others, _QUEUES, history, width))
+    tables[-1].caption = _caption(snapshot, now)
+    return tables[0] if len(tables) == 1 else Group(tables[0], "", *tables[1:])
+
+
+def _table(now: Sequence[Queue], columns: Sequence[_Column], history: History | None, width: int) -> Table:
+    columns, drawing = _fitting(now, columns, width, history)
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption_justify="left"
     )
@@ -145,9 +190,9 @@ def render(
         if drawing and history is not None:
             at = next(i for i, column in enumerate(columns) if column.title == _DRAWING)
             cells[at] = Text(sparkline(history.of(queue), drawing))
-        if queue.total("drops"):
+        if queue.total(_TROUBLE[queue.is_disk]):
             for cell, column in zip(cells, columns, strict=True):
-                if column.title == "drops":
+                if column.title == _TROUBLE[queue.is_disk]:
                     cell.stylize("yellow")
         whose = (queue.process.pid, queue.row.label("device"))
         if whose == device:
@@ -156,20 +201,21 @@ def render(
                     cell.plain = ""
         device = whose
         table.add_row(*cells, style="dim" if queue.row.label("kind") == WORKER else None)
-    table.caption = _caption(snapshot, now)
     return table
 
 
-def _fitting(now: Sequence[Queue], width: int, history: History | None) -> tuple[list[_Column], int]:
+def _fitting(
+    now: Sequence[Queue], every: Sequence[_Column], width: int, history: History | None
+) -> tuple[list[_Column], int]:
     """The columns that fit, and how wide the drawing may be (0: there is none)."""
     needs = {
         column.title: max(
             cell_len(text) for text in (*column.title.splitlines(), *(column.cell(queue) for queue in now))
         )
-        for column in _COLUMNS
+        for column in every
     }
     needs[_DRAWING] = _FEWEST_MOMENTS
-    columns = [column for column in _COLUMNS if column.title != _DRAWING or history is not None]
+    columns = [column for column in every if column.title != _DRAWING or history is not None]
 
     def total() -> int:
         return sum(needs[column.title] + _BETWEEN for column in columns)
@@ -191,11 +237,20 @@ def _caption(snapshot: Snapshot, now: Sequence[Queue]) -> Text:
             for queue in now
             if queue.row.label("kind") != WORKER
         }
-        packets = [rate for queue in now if (rate := queue.rate("packets")) is not None]
-        bits = [rate for queue in now if (rate := queue.bits()) is not None]
         caption.append(f"{_count(snapshot.processes, 'process', 'processes')}, {_count(devices, 'device')}")
-        if packets:
-            caption.append(f": {scaled(sum(packets))} packets/s, {scaled(sum(bits))}bit/s")
+        sums = []
+        disks = [queue for queue in now if queue.is_disk]
+        operations = [rate for queue in disks if (rate := queue.iops()) is not None]
+        if operations:
+            moved = [rate for queue in disks if (rate := queue.throughput()) is not None]
+            sums.append(f"{scaled(sum(operations))} IOPS, {scaled(sum(moved))}B/s")
+        others = [queue for queue in now if queue.row.label("kind") != SCSI]
+        packets = [rate for queue in others if (rate := queue.rate("packets")) is not None]
+        if any(queue.row.label("kind") != WORKER for queue in others) and packets:
+            bits = [rate for queue in others if (rate := queue.bits()) is not None]
+            sums.append(f"{scaled(sum(packets))} packets/s, {scaled(sum(bits))}bit/s")
+        if sums:
+            caption.append(f": {'; '.join(sums)}")
         caption.append("\n")
     for problem in snapshot.problems:
         caption.append(problem + "\n", style="red")

@@ -17,6 +17,22 @@ def row(device: str, queue: str, backend: str = "tap:vm0", generation: int = 1, 
     return Row(labels, generation, {name: values.get(name, 0) for name in FIELDS})
 
 
+DISK_FIELDS = (
+    "errors",
+    "reads",
+    "writes",
+    "read_bytes",
+    "written_bytes",
+    *(f"latency_{i}" for i in range(24)),
+)
+
+
+def disk(device: str, lun: str, store: str = "a.img", generation: int = 1, **values: int) -> Row:
+    """A logical unit's row."""
+    labels = {"device": device, "kind": "scsi", "queue": lun, "backend": store}
+    return Row(labels, generation, {name: values.get(name, 0) for name in (*FIELDS, *DISK_FIELDS)})
+
+
 def process(*rows: Row, pid: int = 100, started: float = 1000.0) -> Process:
     return Process(pid, started, Path(f"/run/pyvhost/{pid}.counters"), FIELDS, rows)
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pyvhost.observe.export import MEANINGS, as_json, serve_prometheus
 from pyvhost.observe.reader import Snapshot
-from unit.observe.samples import FIELDS, process, row, snapshot
+from unit.observe.samples import FIELDS, disk, process, row, snapshot
 
 BEFORE = snapshot(10, process(row("vm0", "rx0", packets=100)))
 NOW = snapshot(
@@ -109,4 +109,51 @@ def test_every_counter_of_the_data_plane_has_a_meaning() -> None:
         text=True,
         check=True,
     )
-    assert out.stdout.split() == list(MEANINGS)
+    named = [name for name in out.stdout.split() if not name.startswith("latency_")]
+    assert named == list(MEANINGS)
+
+
+DISKS = snapshot(
+    14,
+    process(
+        disk("vm0", "0:0", reads=30, writes=10, read_bytes=4096, errors=1, latency_3=30, latency_23=10),
+        row("vm0", "rx0", packets=1),
+    ),
+)
+DISKS_BEFORE = snapshot(12, process(disk("vm0", "0:0", reads=10, latency_3=10)))
+
+
+def test_json_of_a_disk() -> None:
+    data = as_json(DISKS, DISKS_BEFORE)
+    lun, queue = data["processes"][0]["queues"]
+    assert lun["counters"] == {
+        "reads": 30,
+        "writes": 10,
+        "read_bytes": 4096,
+        "written_bytes": 0,
+        "errors": 1,
+    }
+    assert lun["rates"]["reads"] == 10
+    assert lun["latency_buckets"] == [0, 0, 0, 30, *[0] * 19, 10]
+    assert lun["latency_us"]["p50"] == 4 + 4 * 15 / 20, "of the 30 since the look before"
+    assert lun["latency_us"]["p99"] > 2**22
+    assert lun["queue_depth"] > 0
+    assert "packets_per_batch" not in lun
+    assert "reads" not in queue["counters"]
+
+
+def test_prometheus_has_a_histogram_of_a_disk() -> None:
+    server, port = serve_prometheus("127.0.0.1", 0, lambda: DISKS)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            families = {one.name: one for one in text_string_to_metric_families(answer.read().decode())}
+    finally:
+        server.shutdown()
+        server.server_close()
+    buckets = [(one.labels["le"], one.value) for one in families["pyvhost_latency_seconds"].samples]
+    assert buckets[2:4] == [("4e-06", 0), ("8e-06", 30)]
+    assert buckets[-2:] == [("4.194304", 30), ("+Inf", 40)]
+    (reads,) = families["pyvhost_reads"].samples
+    assert (reads.labels["queue"], reads.labels["backend"], reads.value) == ("0:0", "a.img", 30)
+    assert [one.labels["queue"] for one in families["pyvhost_packets"].samples] == ["rx0"]
+    assert [one.labels["queue"] for one in families["pyvhost_errors"].samples] == ["0:0", "rx0"]

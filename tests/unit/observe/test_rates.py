@@ -6,7 +6,7 @@ import pytest
 
 from pyvhost.observe.rates import queues
 from pyvhost.observe.reader import Row
-from unit.observe.samples import process, row, snapshot
+from unit.observe.samples import disk, process, row, snapshot
 
 
 def test_growth_a_second() -> None:
@@ -93,3 +93,25 @@ def test_workers_come_behind_all_devices() -> None:
     worker = Row({"device": "a-worker", "kind": "worker", "queue": "-"}, 1, {"syscalls": 1})
     found = list(queues(snapshot(1, process(worker, row("vm0", "rx0")))))
     assert [queue.row.label("device") for queue in found] == ["vm0", "a-worker"]
+
+
+def test_disks_come_before_their_devices_queues_in_order() -> None:
+    rows = [disk("vm0", lun) for lun in ("1:2", "0:10", "req0", "0:9", "ctrl")]
+    found = [queue.row.label("queue") for queue in queues(snapshot(1, process(*rows)))]
+    assert found == ["0:9", "0:10", "1:2", "req0", "ctrl"]
+
+
+def test_what_a_disk_does() -> None:
+    before = snapshot(10, process(disk("vm0", "0:0", reads=5, writes=5, latency_0=10)))
+    then = disk(
+        "vm0", "0:0", reads=15, writes=25, read_bytes=100, written_bytes=300, latency_0=10, latency_20=30
+    )
+    (now,) = queues(snapshot(12, process(then)), before)
+    assert now.iops() == now.pace() == 15
+    assert now.throughput() == 200
+    assert now.percentile(0.5) == 2**19 * 1.5
+    # 30 operations of 3/4 of 2**20 us each, in 2 s.
+    assert now.depth() == pytest.approx(30 * 0.75 * 2**20 / 1e6 / 2)
+    (alone,) = queues(snapshot(12, process(then)))
+    assert (alone.iops(), alone.throughput(), alone.depth()) == (None, None, None)
+    assert alone.percentile(0.1) is not None

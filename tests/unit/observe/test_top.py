@@ -5,16 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from pyvhost.observe.rates import queues
 from pyvhost.observe.reader import Row
-from pyvhost.observe.top import MOMENTS, History, render, scaled, sparkline
-from unit.observe.samples import process, row, snapshot
+from pyvhost.observe.top import MOMENTS, History, duration, render, scaled, sparkline
+from unit.observe.samples import disk, process, row, snapshot
 
 
-def text(table: Table, width: int = 200) -> str:
+def text(table: RenderableType, width: int = 200) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -154,3 +153,57 @@ def test_sparkline() -> None:
     assert sparkline([1, 2, 4, 8], 4) == "▂▃▅█"
     assert sparkline([100, 0, 1, 8], 3) == " ▂█", "scaled by what is shown"
     assert sparkline([5], 4) == "   █"
+
+
+DISKS_BEFORE = snapshot(
+    10,
+    process(disk("vm0", "0:0"), disk("vm0", "0:1", "nbd://b"), disk("vm0", "req0", "-"), row("vm1", "rx0")),
+)
+DISKS = snapshot(
+    11,
+    process(
+        disk(
+            "vm0", "0:0", reads=60_000, writes=40_000, read_bytes=245_760_000, written_bytes=163_840_000,
+            latency_7=100_000,
+        ),
+        disk("vm0", "0:1", "nbd://b", reads=1, errors=2, latency_11=1),
+        disk("vm0", "req0", "-", kicks=500),
+        row("vm1", "rx0", packets=10, bytes=100),
+    ),
+)  # fmt: skip
+
+
+def test_disks_have_a_table_of_their_own() -> None:
+    lines = [
+        " ".join(line.split()) for line in text(render(DISKS, DISKS_BEFORE)).splitlines() if line.strip()
+    ]
+    assert lines[0] == (
+        "device store LUN IOPS bytes/s reads/s read/s writes/s written/s p50 p99 depth errors"
+    )
+    assert lines[2] == "vm0 a.img 0:0 100 k 410 M 60.0 k 246 M 40.0 k 164 M 96.0 us 127 us 9.60 0"
+    assert lines[3] == "nbd://b 0:1 1.0 0 1.0 0 0 0 1.54 ms 2.04 ms 0.002 2.0"
+    assert lines[7].startswith("vm0 - req0 0")
+    assert lines[-1] == "1 process, 2 devices: 100 k IOPS, 410 MB/s; 10 packets/s, 800 bit/s"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_disks_fit(width: int) -> None:
+    shown = text(render(DISKS, DISKS_BEFORE, history=History(), width=width), width)
+    assert max(len(line) for line in shown.splitlines()) <= width
+    assert "100 k" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (0.5, "0.50 us"),
+        (96, "96.0 us"),
+        (999.6, "1.00 ms"),
+        (15_000, "15.0 ms"),
+        (8e6, "8.00 s"),
+        (1e10, "10000 s"),
+    ],
+)
+def test_a_duration(value: float | None, shown: str) -> None:
+    assert duration(value) == shown
