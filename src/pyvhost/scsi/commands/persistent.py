@@ -143,7 +143,8 @@ def _undone_if_it_fails(kept: Reservations) -> Iterator[None]:
     before = copy.copy(kept.keys), kept.generation, kept.type, kept.holder, kept.aptpl
     try:
         yield
-    except BaseException:
+    except Exception:
+        # Not when the task is aborted: what was done by then is in the file, too.
         kept.keys, kept.generation, kept.type, kept.holder, kept.aptpl = before
         raise
 
@@ -152,13 +153,23 @@ async def _change(request: Request, change: Callable[[Reservations], object]) ->
     """Change reservations, and keep them where that is wanted; both or neither."""
     unit = request.unit
     kept = unit.reservations
-    with _undone_if_it_fails(kept):
-        had_file = kept.aptpl
-        change(kept)
+    if kept.path is None:
+        with _undone_if_it_fails(kept):
+            change(kept)
         unit.refresh()
-        if kept.path is not None and (kept.aptpl or had_file):
-            await _keep(request, kept.snapshot())
-    unit.refresh()
+        return
+    # One at a time: a change that can't be kept takes back its own doing, not another's. No block has that number.
+    hold = await unit.hold(-1, 1, alone=True)
+    try:
+        with _undone_if_it_fails(kept):
+            had_file = kept.aptpl
+            change(kept)
+            unit.refresh()
+            if kept.aptpl or had_file:
+                await _keep(request, kept.snapshot())
+    finally:
+        unit.ranges.release(hold)
+        unit.refresh()
 
 
 async def _keep(request: Request, content: bytes | None) -> None:
