@@ -59,8 +59,6 @@ def test_disks_are_served_and_come_and_go(path: Path, tmp_path: Path) -> None:
     ]
     with Serving(words, [path, beside(path)]) as serving:
         serving.wait_ready()
-        assert "vhost-user-scsi-pci,chardev=vhost0,num_queues=2" in serving.tail()
-        assert f"virtio_uml.device={path}:8" in serving.tail()
         with (
             VhostUserFrontend.connect(path, timeout=PATIENCE) as frontend,
             GuestMemory(8 * MIB) as memory,
@@ -88,6 +86,8 @@ def test_disks_are_served_and_come_and_go(path: Path, tmp_path: Path) -> None:
             assert number(event.lun) == (2, 5)
             assert [unit["lun"] for unit in client.ask(str(path), "status", [])["luns"]] == ["0:0", "0:1"]
         assert serving.close() == 0
+        assert "vhost-user-scsi-pci,chardev=vhost0,num_queues=2" in serving.tail()
+        assert f"virtio_uml.device={path}:8" in serving.tail()
 
 
 def test_capabilities_are_json() -> None:

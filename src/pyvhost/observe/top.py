@@ -75,6 +75,12 @@ def scaled(value: float | None) -> str:
     return f"{value:.{digits}f} {prefix}"
 
 
+def _of(value: float, unit: str) -> str:
+    """Scaled, with its unit: 12.3 MB/s, 950 B/s."""
+    number = scaled(value)
+    return number + unit if number[-1].isalpha() else f"{number} {unit}"
+
+
 def _ratio(value: float | None) -> str:
     if value is None:
         return _NONE
@@ -243,12 +249,12 @@ def _caption(snapshot: Snapshot, now: Sequence[Queue]) -> Text:
         operations = [rate for queue in disks if (rate := queue.iops()) is not None]
         if operations:
             moved = [rate for queue in disks if (rate := queue.throughput()) is not None]
-            sums.append(f"{scaled(sum(operations))} IOPS, {scaled(sum(moved))}B/s")
+            sums.append(f"{scaled(sum(operations))} IOPS, {_of(sum(moved), 'B/s')}")
         others = [queue for queue in now if queue.row.label("kind") != SCSI]
         packets = [rate for queue in others if (rate := queue.rate("packets")) is not None]
         if any(queue.row.label("kind") != WORKER for queue in others) and packets:
             bits = [rate for queue in others if (rate := queue.bits()) is not None]
-            sums.append(f"{scaled(sum(packets))} packets/s, {scaled(sum(bits))}bit/s")
+            sums.append(f"{scaled(sum(packets))} packets/s, {_of(sum(bits), 'bit/s')}")
         if sums:
             caption.append(f": {'; '.join(sums)}")
         caption.append("\n")
