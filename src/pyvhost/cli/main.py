@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyvhost import __version__
+from pyvhost.host.errors import words
 
 #: A command, the module that has `add_arguments(parser)` and `run(args) -> int`, and what it is for.
 COMMANDS: Final = (
@@ -56,10 +57,7 @@ def _run(module: str, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
-        print(
-            f"pyvhost: {error.strerror if isinstance(error, OSError) and error.strerror else error}",
-            file=sys.stderr,
-        )
+        print(f"pyvhost: {words(error)}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
     return int(status)
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pyvhost.host.errors import words
+
 if TYPE_CHECKING:
     from pyvhost.vhost.device import Device
     from pyvhost.vhost_user.server import Server
@@ -109,7 +111,7 @@ def _control(
         if args.control:
             raise
         # Nobody asked for it.
-        _log.warning("no control socket: %s", error.strerror)
+        _log.warning("no control socket: %s", words(error))
 
 
 def qemu_options(path: str, connect: bool) -> str:

@@ -12,6 +12,8 @@ import errno
 import json
 from typing import Any, Final
 
+from pyvhost.host.errors import words
+
 #: The longest line either way, in bytes.
 LINE_MAX: Final = 1 << 20
 #: Behind a vhost socket's name, for its control socket's.
@@ -54,10 +56,7 @@ def result(value: Any) -> bytes:
 def refusal(error: Exception) -> bytes:
     """The line of a reply that says no: of an OSError its errno by name, and its text."""
     number = error.errno if isinstance(error, OSError) else None
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, OSError) and error.filename is not None and str(error.filename) not in text:
-        text = f"{error.filename}: {text}"
-    return _line({"error": {"errno": errno.errorcode.get(number or 0), "text": text}})
+    return _line({"error": {"errno": errno.errorcode.get(number or 0), "text": words(error)}})
 
 
 def parse_reply(line: bytes) -> Any:

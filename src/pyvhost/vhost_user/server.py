@@ -52,7 +52,13 @@ class Server:
         """
         name = os.fspath(path)
         sock, own = unix_socket.listen(name)
-        self._places.append(_Listener(self, sock, self._seat(device), name, own))
+        try:
+            seat = self._seat(device)
+        except BaseException:
+            sock.close()
+            unix_socket.remove(name, own)
+            raise
+        self._places.append(_Listener(self, sock, seat, name, own))
 
     def connect(self, path: str | os.PathLike[str], device: Device) -> None:
         """Serve `device` to the front end that listens at `path`; dial again whenever it is not there.

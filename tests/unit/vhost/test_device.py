@@ -220,3 +220,10 @@ def test_a_device_is_served_once(front: FrontEnd) -> None:
     assert poller is not None
     with pytest.raises(RuntimeError, match="served already"):
         front.device.attach(poller)
+
+
+def test_a_device_may_be_closed_again() -> None:
+    for _ in range(2):
+        device = NetDevice("null")
+        device.close()
+        device.close()

@@ -16,6 +16,7 @@ import pytest
 
 from fronts import BIT_30, Front, hello, until, until_resets
 from pyvhost.abi.vhost_user import Request
+from pyvhost.host.poller import Poller
 from pyvhost.vhost_user import server as server_module
 from pyvhost.vhost_user.codec import Message, encode
 from pyvhost.vhost_user.payloads import (
@@ -359,3 +360,13 @@ def test_more_descriptors_than_may_be_open_end_the_connection(path: str) -> None
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     assert "more descriptors came than" in done.stdout
+
+
+def test_a_device_that_can_not_be_had_leaves_no_socket(server: Server, path: str) -> None:
+    class Absent(RecordingDevice):
+        def attach(self, poller: Poller, /) -> None:
+            raise FileNotFoundError(errno.ENOENT, "no such backend")
+
+    with pytest.raises(FileNotFoundError, match="no such backend"):
+        server.listen(path, Absent("net0"))
+    assert not os.path.exists(path)
