@@ -269,7 +269,9 @@ class DeviceMemory(ABC):
         """Replaces the memory table; running rings go on in the new one."""
         table = MemoryTable(mappings, self.usable_memory)
         try:
-            self._rings.check(table)
+            self._rings.check(table, self.acked_features)
+            if self.acked_features >> abi.F_LOG_ALL & 1:
+                self._memory.check_log(self._memory.log, table)
         except OSError:
             # The caller lets go of what is new; what the old table has as well stays.
             for mapping in table.mappings:
