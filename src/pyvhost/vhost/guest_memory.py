@@ -63,7 +63,7 @@ class GuestMemory:
     @property
     def lost(self) -> bool:
         """Whether a file of the front end's was made smaller."""
-        return self.table.lost
+        return self.table.lost or (self.log is not None and self.log.lost)
 
     def parts(self, vring: Vring, table: MemoryTable | None = None, event_idx: bool = True) -> Parts:
         """Where a vring lies here (virtio 1.2, 2.7). WaitsError: not all of it is in the IOTLB; VhostError EFAULT.

@@ -141,6 +141,13 @@ class Rings:
             record["running"] = 1
         record["located"] = 1
 
+    def locate_again(self, iova: int, size: int) -> None:
+        """Finds the parts of the vrings that have any of a range anew. While all are paused."""
+        for vring in self._running():
+            assert vring.place is not None
+            if vring.place.record["located"] and self._memory.has(vring, iova, size):
+                self.locate(vring, again=True)
+
     def check(self, table: MemoryTable, features: int) -> None:
         """VhostError EFAULT: a running vring would not be in memory with this table and these features."""
         if self._memory.usable is None and not features >> virtio.F_ACCESS_PLATFORM & 1:
