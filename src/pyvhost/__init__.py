@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyvhost.net.device import NetDevice
     from pyvhost.opening import open
+    from pyvhost.scsi.device import ScsiDevice
     from pyvhost.serving import serve
 
 __version__ = "0.1.0"
 
-__all__ = ["NetDevice", "__version__", "open", "serve"]
+__all__ = ["NetDevice", "ScsiDevice", "__version__", "open", "serve"]
 
 _HOMES = {
     "NetDevice": "pyvhost.net.device",
+    "ScsiDevice": "pyvhost.scsi.device",
     "open": "pyvhost.opening",
     "serve": "pyvhost.serving",
 }

@@ -363,7 +363,6 @@ def test_the_table_is_bounded_and_the_oldest_go_first(tmp_path: Path, way: Way, 
         assert iommu.faults == []
 
 
-@pytest.mark.xfail(strict=True, reason="a running ring keeps a part whose entry was retired")
 def test_a_rings_parts_grow_old_like_anything_else(tmp_path: Path, way: Way, memory: GuestMemory) -> None:
     iommu = Iommu(memory, strict=False)
     with (

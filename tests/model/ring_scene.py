@@ -385,12 +385,26 @@ class Scene(Guest):
     def took(self, chains: int) -> None:
         """What the record and the inflight memory have of so many chains that were taken."""
         again = min(chains, len(self.replay))
-        for head in self.replay[:again]:
-            self.marks[blocks.INFLIGHT_DESC + blocks.INFLIGHT_DESC_BYTES * head] = 0
         del self.replay[:again]
         self.last = self.device.last_avail = (self.last + chains - again) % 65536
         assert int(self.ring["last_avail"]) == self.last
         assert int(self.ring["replay_left"]) == len(self.replay)
+
+    def mark_used(self, first: int, end: int) -> None:
+        """What a publication leaves in the inflight memory: its chains as a list, none of them marked."""
+        (last,) = struct.unpack_from("<H", self.marks, 12)
+        for number in range((end - first) % 65536):
+            place = 4 + 8 * ((first + number) % self.num)
+            (head,) = struct.unpack_from(self.device.order + "I", self.device.used, place)
+            struct.pack_into("<H", self.marks, 16 + 16 * head + 6, last)
+            last = head
+        struct.pack_into("<H", self.marks, 12, last)
+        for _ in range((end - first) % 65536):
+            if last >= self.num:
+                break
+            self.marks[16 + 16 * last] = 0
+            (last,) = struct.unpack_from("<H", self.marks, 16 + 16 * last + 6)
+        struct.pack_into("<H", self.marks, blocks.INFLIGHT_USED_IDX, end)
 
     def consume(self, slots: int) -> None:
         """Uses some of the batch, publishes, and compares the used ring, the log and the call."""
@@ -400,10 +414,11 @@ class Scene(Guest):
         logged = self.use_some(chains)
         self.took(chains)
         self.kernels.publish(self.ring)
+        shown = self.device.shown
         wanted = self.device.publish(self.avail.get())
         if chains:
             if self.ring["inflight"]:
-                struct.pack_into("<H", self.marks, blocks.INFLIGHT_USED_IDX, self.device.idx)
+                self.mark_used(shown, self.device.idx)
             logged |= self.log_ring()
         assert self.inflight.get() == self.marks
         called = _drain(self.call) > 0 if int(self.ring["call_fd"]) >= 0 else wanted

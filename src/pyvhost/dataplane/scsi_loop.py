@@ -45,7 +45,7 @@ from pyvhost.dataplane.blocks import (
     Record,
     Records,
 )
-from pyvhost.dataplane.inflight import begin, done, listed
+from pyvhost.dataplane.inflight import begin
 from pyvhost.dataplane.policy import kernel
 from pyvhost.dataplane.scsi_blocks import (
     DISKS_BUSY,
@@ -83,7 +83,6 @@ def _used(rings: Records, queues: Records, index: int, head: int, written: int) 
     queue["in_flight"] -= 1
     if not queue["orphan"]:
         use(ring, head, written)
-        listed(ring, head)
         ring["unshown"] = 1
 
 
@@ -94,10 +93,7 @@ def _show(rings: Records, queues: Records, index: int) -> None:
     if ring["unshown"]:
         ring["unshown"] = 0
         if ring["located"]:
-            before = ring["published"]
             publish(ring)
-            if ring["inflight"]:
-                done(ring, before)
     if queues[index]["held_back"] and queues[index]["in_flight"] == 0:
         # Python waits for the last one.
         signal(queues[index]["python_fd"])

@@ -24,7 +24,6 @@ from pyvhost.dataplane.access import (
     prefetch,
     prefetch_write,
     signal,
-    store8,
     store16,
     store16_release,
     store64,
@@ -39,9 +38,6 @@ from pyvhost.dataplane.blocks import (
     FAULT_DIRECTION,
     FAULT_HEAD,
     FAULT_LENGTH,
-    INFLIGHT_DESC,
-    INFLIGHT_DESC_BYTES,
-    INFLIGHT_USED_IDX,
     IOTLB_MISS,
     IOV_LOG,
     MAX_CHAIN,
@@ -56,6 +52,7 @@ from pyvhost.dataplane.blocks import (
     Record,
 )
 from pyvhost.dataplane.dirty_log import log_elements, log_slot, log_used
+from pyvhost.dataplane.inflight import forget_used, list_used
 from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.swap import swap16, swap32
 from pyvhost.dataplane.translate import fault
@@ -221,9 +218,6 @@ def use_written(ring: Record, slot: int, length: int) -> None:
 def _take_replayed(ring: Record, chains: int) -> None:
     """Consumes chains of a former life, then others."""
     again = min(chains, ring["replay_left"])
-    for i in range(again):
-        head = load64(ring["replay"] + 8 * i)
-        store8(ring["inflight"] + INFLIGHT_DESC + head * INFLIGHT_DESC_BYTES, 0)
     ring["replay"] += 8 * again
     ring["replay_left"] -= again
     ring["last_avail"] = (ring["last_avail"] + chains - again) & 0xFFFF
@@ -271,11 +265,13 @@ def publish(ring: Record) -> None:
         return
     # Pairs with the driver's barrier between used->idx and the elements (2.7.14).
     swap = ring["swap"]
+    if ring["inflight"]:
+        list_used(ring, ring["published"], used)
     store16_release(ring["used"] + 2, swap16(used) if swap else used)
     if ring["log_used"]:
         log_elements(ring, ring["published"], used)
     if ring["inflight"]:
-        store16(ring["inflight"] + INFLIGHT_USED_IDX, used)
+        forget_used(ring, ring["published"], used)
     ring["published"] = used
     # Pairs with the driver's barrier between used_event or flags, and its last look at used->idx.
     fence()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
 from pyvhost.memory.mapped import Guard, Mapped
@@ -21,10 +20,10 @@ BYTES_A_BYTE = 8 * 4096
 class DirtyLog:
     """A log of `size` bytes at `address` of this process."""
 
-    def __init__(self, address: int, size: int, close: Callable[[], None] | None = None) -> None:
+    def __init__(self, address: int, size: int, mapped: Mapped | None = None) -> None:
         self.address = address
         self.size = size
-        self._close = close
+        self._mapped = mapped
 
     @classmethod
     def at(cls, address: int, usable: Usable, top: int) -> DirtyLog:
@@ -43,7 +42,7 @@ class DirtyLog:
         finally:
             with suppress(OSError):
                 os.close(fd)
-        return cls(mapped.address, size, mapped.close)
+        return cls(mapped.address, size, mapped)
 
     def covers(self, last: int) -> bool:
         """Whether it has a bit for the guest address `last`."""
@@ -51,6 +50,11 @@ class DirtyLog:
 
     def close(self) -> None:
         """Unmaps what was mapped."""
-        if self._close is not None:
-            self._close()
-            self._close = None
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its file was made smaller, so that bits are set nowhere."""
+        return self._mapped is not None and self._mapped.lost

@@ -78,16 +78,17 @@ class Iotlb:
                 entry.rows = []
         self._rebuild()
 
-    def update(self, iova: int, size: int, uaddr: int, perm: int) -> None:
-        """A new entry. OSError EFAULT: it wraps, or is not all in the memory table."""
+    def update(self, iova: int, size: int, uaddr: int, perm: int) -> Entry | None:
+        """A new entry; the one that retired for it. OSError EFAULT: it wraps, or is not all in the memory table."""
         if size <= 0 or iova + size > _TOP or uaddr + size > _TOP or not 0 <= perm <= 3:
             raise OSError(
                 errno.EFAULT, f"IOTLB entry {iova:#x}+{size:#x} to {uaddr:#x}, perm {perm}: it can't be"
             )
         entry = Entry(iova, size, uaddr, perm)
         entry.rows = self._rows_of(entry)
-        if len(self._entries) >= ENTRIES:
-            self._drop([next(iter(self._entries.values()))])
+        retired = next(iter(self._entries.values())) if len(self._entries) >= ENTRIES else None
+        if retired is not None:
+            self._drop([retired])
         alone = not self._touching(iova, size)
         self._entries[id(entry)] = entry
         bisect.insort(self._sorted, entry, key=lambda e: e.iova)
@@ -96,6 +97,7 @@ class Iotlb:
             self._splice(at, at, entry.rows)
         else:
             self._rebuild()
+        return retired
 
     def invalidate(self, iova: int, size: int) -> None:
         """Forgets each entry that has any of the range."""

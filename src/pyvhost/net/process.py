@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from pyvhost.dataplane import blocks, policy, split_ring
-from pyvhost.dataplane.dirty_log import log_used
+from pyvhost.dataplane.dirty_log import log_slot, log_used
 from pyvhost.dataplane.net_loop import net_loop
 from pyvhost.dataplane.switch_table import learn
 from pyvhost.vhost import counters
@@ -62,6 +62,7 @@ class Process:
                 (split_ring.want_kicks, (ring, True)),
                 (split_ring.stop_at_fault, (ring,)),
                 (log_used, (ring, 0, 0)),
+                (log_slot, (ring, 0, 0)),
                 (learn, (0, 0, 0)),
             ],
         )

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from pyvhost.dataplane import blocks
-from pyvhost.dataplane.dirty_log import mark
+from pyvhost.dataplane.dirty_log import log_slot, mark
 from pyvhost.dataplane.plain import load64
 from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use, want_kicks
 from pyvhost.host import eventfd
@@ -213,6 +213,9 @@ class PythonRing:
         except Exception:
             _log.exception("%s: chain %d", self.name, chain.head)
             written = 0
+            if self.record["log_data"]:
+                # Whatever it has written before that, nobody knows.
+                log_slot(self.record, slot, load64(slot + blocks.SLOT_IN_BYTES))
         if written is not None:
             self.finish(chain, written)
 

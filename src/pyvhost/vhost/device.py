@@ -134,7 +134,7 @@ class Device(DeviceMemory):
             self.features_changed()
 
     def set_features(self, bits: int) -> None:
-        """VHOST_SET_FEATURES. EOPNOTSUPP: not all of them are offered."""
+        """VHOST_SET_FEATURES. EOPNOTSUPP: not all are offered; EFAULT: a ring or the log is not in memory then."""
         unknown = bits & ~self.features
         if unknown:
             raise VhostError(errno.EOPNOTSUPP, f"{self.name}: features {unknown:#x} are not offered")
@@ -143,13 +143,13 @@ class Device(DeviceMemory):
         translated = bits >> virtio.F_ACCESS_PLATFORM & 1
         if bits == self.acked_features and not translated:
             return
+        self._rings.check(self._memory.table, bits)
         with self._all_paused():
             self.acked_features = bits
             moved = self._memory.translate(bool(translated), self.keeps_iotlb)
             self.features_changed()
             for vring in self._running():
-                self._rings.negotiated(vring)
-                if moved:
+                if self._rings.negotiated(vring) or moved:
                     self._rings.locate(vring)
 
     def set_vring_num(self, index: int, num: int) -> None:

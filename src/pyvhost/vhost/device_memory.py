@@ -217,10 +217,14 @@ class DeviceMemory(ABC):
         iotlb = self._iotlb()
         with self._all_paused():
             try:
-                iotlb.update(iova, size, uaddr, perm)
+                retired = iotlb.update(iova, size, uaddr, perm)
             except OSError as error:
                 raise self._refused(error) from error
             self._rings.point()
+            # A part that it hides, or whose entry had to go, means something else now.
+            self._rings.locate_again(iova, size)
+            if retired is not None:
+                self._rings.locate_again(retired.iova, retired.size)
             for index in self._misses.answered(iova, size):
                 self._rings.resume(self.vrings[index])
 
@@ -230,9 +234,7 @@ class DeviceMemory(ABC):
         with self._all_paused():
             iotlb.invalidate(iova, size)
             self._rings.point()
-            for vring in self._running():
-                if self._memory.has(vring, iova, size):
-                    self._rings.locate(vring, again=True)
+            self._rings.locate_again(iova, size)
 
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
@@ -269,7 +271,9 @@ class DeviceMemory(ABC):
         """Replaces the memory table; running rings go on in the new one."""
         table = MemoryTable(mappings, self.usable_memory)
         try:
-            self._rings.check(table)
+            self._rings.check(table, self.acked_features)
+            if self.acked_features >> abi.F_LOG_ALL & 1:
+                self._memory.check_log(self._memory.log, table)
         except OSError:
             # The caller lets go of what is new; what the old table has as well stays.
             for mapping in table.mappings:

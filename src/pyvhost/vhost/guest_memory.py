@@ -63,10 +63,13 @@ class GuestMemory:
     @property
     def lost(self) -> bool:
         """Whether a file of the front end's was made smaller."""
-        return self.table.lost
+        return self.table.lost or (self.log is not None and self.log.lost)
 
     def parts(self, vring: Vring, table: MemoryTable | None = None, event_idx: bool = True) -> Parts:
-        """Where a vring lies here (virtio 1.2, 2.7). WaitsError: not all of it is in the IOTLB; VhostError EFAULT."""
+        """Where a vring lies here (virtio 1.2, 2.7). WaitsError: not all of it is in the IOTLB; VhostError EFAULT.
+
+        `table`: where it would lie with this one and no IOTLB.
+        """
         assert vring.desc is not None
         sizes = (16 * vring.num, 4 + 2 * event_idx + 2 * vring.num, 4 + 2 * event_idx + 8 * vring.num)
         found: list[int] = []
@@ -75,10 +78,10 @@ class GuestMemory:
             for (what, name, access, align), size in zip(_PARTS, sizes, strict=True):
                 address = getattr(vring, name)
                 try:
-                    if self.iotlb is not None:
+                    if self.iotlb is not None and table is None:
                         here = self._translated(address, size, access, stitched)
                     else:
-                        here = (table or self.table).host_of_user(address, size)
+                        here = (self.table if table is None else table).host_of_user(address, size)
                 except OSError as error:
                     raise VhostError(
                         errno.EFAULT, f"{self.name}: vring {vring.index}: {what}: {error.strerror}"
@@ -157,11 +160,11 @@ class GuestMemory:
         record["log_used_at"] = used_at - (1 << 64) if used_at >> 63 else used_at
         record["log_fd"] = self.log_fd
 
-    def check_log(self, log: DirtyLog | None) -> None:
-        """VhostError EFAULT: a log that was given as a file has no room for all of guest memory."""
+    def check_log(self, log: DirtyLog | None, table: MemoryTable | None = None) -> None:
+        """VhostError EFAULT: a log that was given as a file has no room for all of guest memory, or of `table`."""
         if log is None or not log.size:
             return
-        for mapping in self.table.mappings:
+        for mapping in (self.table if table is None else table).mappings:
             last = mapping.region.guest_phys_addr + mapping.region.memory_size - 1
             if not log.covers(last) and mapping.mapped is not None:
                 raise VhostError(

@@ -29,6 +29,7 @@ _USED_IDX_AT: Final = 14
 _DESC_AT: Final = 16
 #: struct DescStateSplit: inflight, padding, next, counter.
 _DESC_BYTES: Final = 16
+_NEXT_AT: Final = 6
 _COUNTER_AT: Final = 8
 _VERSION: Final = 1
 _ALIGN: Final = 64
@@ -116,11 +117,16 @@ class InflightArea:
                 errno.EINVAL,
                 f"inflight region of version {version} with {desc_num} of {self.queue_size} descriptors",
             )
-        if load16(address + _USED_IDX_AT) != used_idx:
-            # It died between showing a chain as used and noting that: that one is done.
-            last = load16(address + _LAST_BATCH_HEAD_AT)
-            if last < desc_num:
-                store8(address + _DESC_AT + last * _DESC_BYTES, 0)
+        news = (used_idx - load16(address + _USED_IDX_AT)) & 0xFFFF
+        if news:
+            # It died between showing its last batch as used and noting that: those, a list, are done.
+            head = load16(address + _LAST_BATCH_HEAD_AT)
+            for _ in range(min(news, desc_num)):
+                if head >= desc_num:
+                    break
+                state = address + _DESC_AT + head * _DESC_BYTES
+                store8(state, 0)
+                head = load16(state + _NEXT_AT)
             store16(address + _USED_IDX_AT, used_idx)
         states = ctypes.string_at(address + _DESC_AT, min(desc_num, num) * _DESC_BYTES)
         taken = [head for head in range(len(states) // _DESC_BYTES) if states[head * _DESC_BYTES] == 1]

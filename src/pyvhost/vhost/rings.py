@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -63,7 +64,7 @@ class Rings:
             vring.place = place
             vring.begun = False
             record["num"] = vring.num
-            record["running"] = record["located"] = 0
+            record["running"] = record["located"] = record["waits_since"] = 0
             record["call_fd"], record["err_fd"] = vring.call, vring.err
             record["fault"] = record["fault_told"] = record["replay_left"] = record["inflight"] = 0
             try:
@@ -114,14 +115,12 @@ class Rings:
                 self._device.iotlb_miss(vring.index, missing.iova, missing.perm)
             return
         except VhostError as error:
-            if self._memory.iotlb is None and self._memory.usable is None:
+            if not self._may_wait:
                 raise
             self._park(vring)
             # An IOTLB that allows too little is the front end's to mend: as on Linux the driver hears nothing.
             if self._memory.iotlb is None and not asked:
-                _log.error("%s", error.strerror)
-                if vring.err >= 0:
-                    eventfd.signal(vring.err)
+                self._tell(vring, error)
             return
         stitched, vring.stitched = vring.stitched, parts.stitched
         record["desc"], record["avail"], record["used"] = parts.desc, parts.avail, parts.used
@@ -129,28 +128,45 @@ class Rings:
             mapped.close()
         self._memory.point(vring, record, self._device.acked_features)
         if not vring.begun:
-            self._begin(vring)
+            try:
+                self._begin(vring)
+            except VhostError as error:
+                if not self._may_wait:
+                    raise
+                self._park(vring)
+                self._tell(vring, error)
+                return
         if not record["located"] or not record["fault"]:
             record["fault"] = 0
             record["running"] = 1
         record["located"] = 1
 
-    def check(self, table: MemoryTable) -> None:
-        """VhostError EFAULT: a running vring would not be in memory with this table."""
-        if self._memory.iotlb is None and self._memory.usable is None:
-            for vring in self._running():
-                self._memory.parts(vring, table)
+    def locate_again(self, iova: int, size: int) -> None:
+        """Finds the parts of the vrings that have any of a range anew. While all are paused."""
+        for vring in self._running():
+            assert vring.place is not None
+            if vring.place.record["located"] and self._memory.has(vring, iova, size):
+                self.locate(vring, again=True)
 
-    def negotiated(self, vring: Vring) -> None:
-        """Takes over features. While paused."""
+    def check(self, table: MemoryTable, features: int) -> None:
+        """VhostError EFAULT: a running vring would not be in memory with this table and these features."""
+        if self._memory.usable is None and not features >> virtio.F_ACCESS_PLATFORM & 1:
+            event_idx = bool(features >> virtio.RING_F_EVENT_IDX & 1)
+            for vring in self._running():
+                self._memory.parts(vring, table, event_idx)
+
+    def negotiated(self, vring: Vring) -> bool:
+        """Takes over features; whether its parts are of another size now. While paused."""
         assert vring.place is not None
         record = vring.place.record
         features = self._device.acked_features
+        before = int(record["event_idx"])
         record["event_idx"] = features >> virtio.RING_F_EVENT_IDX & 1
         record["notify_on_empty"] = features >> virtio.F_NOTIFY_ON_EMPTY & 1
         little = features >> virtio.F_VERSION_1 & 1 or vring.endian == abi.VRING_LITTLE_ENDIAN
         record["swap"] = bool(little) != _NATIVE_LITTLE
         self._memory.point(vring, record, features)
+        return int(record["event_idx"]) != before
 
     def point(self) -> None:
         """Takes over memory, log or IOTLB for all. While all are paused."""
@@ -191,6 +207,17 @@ class Rings:
 
     # --- within -------------------------------------------------------------------------------------------
 
+    @property
+    def _may_wait(self) -> bool:
+        """Whether a vring whose parts are not in memory is none of the front end's mistakes."""
+        return self._memory.iotlb is not None or self._memory.usable is not None
+
+    @staticmethod
+    def _tell(vring: Vring, error: VhostError) -> None:
+        _log.error("%s", error.strerror)
+        if vring.err >= 0:
+            eventfd.signal(vring.err)
+
     def _running(self) -> list[Vring]:
         return [vring for vring in self._device.vrings if vring.place is not None]
 
@@ -200,6 +227,8 @@ class Rings:
         record = vring.place.record
         record["located"] = record["running"] = 0
         record["fault"] = blocks.IOTLB_MISS
+        if not record["waits_since"]:
+            record["waits_since"] = time.monotonic_ns()
         record["fault_told"] = 1
 
     def _begin(self, vring: Vring) -> None:
@@ -211,7 +240,12 @@ class Rings:
         record["used_idx"] = record["published"] = record["signalled"] = used
         record["signalled_valid"] = 0
         if (area := self._device._inflight) is not None:
-            recovered = area.recover(vring.index, vring.num, used, vring.base)
+            try:
+                recovered = area.recover(vring.index, vring.num, used, vring.base)
+            except OSError as error:
+                raise VhostError(
+                    errno.EINVAL, f"{self._device.name}: vring {vring.index}: {error.strerror}"
+                ) from None
             if recovered is not None:
                 vring.base = recovered.base
                 heads = np.array([*recovered.heads, 0], np.int64)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from in_process import mapped_files, open_fds
 from pyvhost.host import memfd
-from pyvhost.memory.regions import Guard, Mapping, MemoryRegion, MemoryTable
+from pyvhost.memory.mapped import Guard
+from pyvhost.memory.regions import NO_GUEST, Mapping, MemoryRegion, MemoryTable
 from requirements import need
 
 PAGE = mmap.PAGESIZE
@@ -298,3 +299,62 @@ def test_lookups_agree_with_a_search_of_every_byte(
     else:
         with pytest.raises(OSError, match="memory table"):
             table.host_of_user(address, length)
+
+
+# This process's own memory
+
+
+def usable(address: int, length: int) -> list[tuple[int, int]]:
+    """There are two pieces: 100 to 200 and 250 to 300."""
+    pieces = [(max(address, low), min(address + length, high)) for low, high in ((100, 200), (250, 300))]
+    return [(first, last - first) for first, last in pieces if first < last]
+
+
+def own(*spans: tuple[int, int, int]) -> MemoryTable:
+    """Regions of this process's memory: guest address, bytes, address."""
+    return MemoryTable([Mapping(region(guest, size, at), at) for guest, size, at in spans], usable)
+
+
+def test_own_regions_may_overlap_and_the_one_that_begins_first_counts() -> None:
+    table = own((20, 100, 150), (0, 50, 100), (10, 20, 260))
+    assert [tuple(row) for row in table.block] == [
+        (0, 50, 100, 0, 3),
+        # From 180 on, of which there is a part; then 250 to 270.
+        (50, 20, 180, 50, 3),
+    ]
+
+
+def test_of_own_regions_there_is_what_is_mapped() -> None:
+    table = own((1000, 400, 50))
+    assert [tuple(row) for row in table.block] == [(1050, 100, 100, 1050, 3), (1200, 50, 250, 1200, 3)]
+    assert len(own((0, 50, 0)).block) == 0
+
+
+def test_own_addresses_of_rings_need_no_region() -> None:
+    table = own()
+    assert table.host_of_user(100, 100) == 100
+    for address, length in ((99, 2), (100, 101), (200, 1), (190, 70)):
+        with pytest.raises(OSError, match="memory of this process") as caught:
+            table.host_of_user(address, length)
+        assert caught.value.errno == errno.EFAULT
+
+
+def test_own_memory_outside_the_table_has_no_guest_address() -> None:
+    table = own((7000, 20, 120), (8000, 100, 260))
+    assert list(table.pieces_of_user(90, 200)) == [
+        (10, 20, 100, NO_GUEST),
+        (30, 20, 120, 7000),
+        (50, 60, 140, NO_GUEST),
+        (160, 10, 250, NO_GUEST),
+        (170, 30, 260, 8000),
+    ]
+
+
+def test_a_range_of_the_front_ends_may_cross_regions() -> None:
+    table = MemoryTable(
+        [Mapping(region(0, PAGE, 0x10000), 0x7000), Mapping(region(9 * PAGE, PAGE, 0x11000), 0x3000)]
+    )
+    assert list(table.pieces_of_user(0x10FFF, 2)) == [(0, 1, 0x7FFF, PAGE - 1), (1, 1, 0x3000, 9 * PAGE)]
+    for address, length in ((0xFFFF, 2), (0x11FFF, 2), (0x20000, 1), (0, 1)):
+        with pytest.raises(OSError, match="not in the memory table"):
+            list(table.pieces_of_user(address, length))
