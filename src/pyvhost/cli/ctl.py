@@ -14,11 +14,25 @@ from pyvhost.control import client
 from pyvhost.control.protocol import RefusedError
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to 86400")
+    return seconds
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost ctl`."""
     parser.epilog = "`pyvhost ctl SOCKET help` lists what a device can be asked."
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for an answer (default: 60)"
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds to wait for an answer (default: 60)",
     )
     parser.add_argument("socket", metavar="SOCKET", help="the device's vhost socket, or its control socket")
     parser.add_argument("word", nargs="*", metavar="COMMAND ARGUMENT", help="default: status")

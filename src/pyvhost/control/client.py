@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 import time
 from typing import Any
 
@@ -36,9 +37,13 @@ def ask(path: str, command: str, arguments: list[str], timeout: float = 60.0) ->
     unix_socket.check_name(where)
     deadline = time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout)
         try:
+            # Python's own timeout makes it a connect that does not wait for a place in the queue (EAGAIN).
+            seconds, rest = divmod(max(timeout, 0.001), 1)
+            limit = struct.pack("@ll", int(seconds), int(rest * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             sock.connect(where)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
             sock.sendall(protocol.request(command, arguments))
             reply = bytearray()
             while not reply.endswith(b"\n") and len(reply) <= protocol.LINE_MAX:
@@ -47,7 +52,7 @@ def ask(path: str, command: str, arguments: list[str], timeout: float = 60.0) ->
                 if not data:
                     break
                 reply += data
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise OSError(errno.ETIMEDOUT, f"{where}: no answer within {timeout:g} s") from None
         except OSError as error:
             raise OSError(error.errno, f"{where}: {error.strerror}") from None

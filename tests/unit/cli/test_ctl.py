@@ -55,3 +55,11 @@ def test_a_refusal_is_a_line(path: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "pyvhost: LUN 0:3 is there already\n"
     assert main(["ctl", path + ".absent"]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_that_is_none(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["ctl", "x", f"--timeout={timeout}"])
+    assert caught.value.code == 2
+    assert "no number of seconds" in capsys.readouterr().err

@@ -54,8 +54,9 @@ class Loop:
 
     def raw(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(30)
+        # With a timeout connect(2) would not wait for its turn.
         sock.connect(str(self.path))
+        sock.settimeout(30)
         return sock
 
     def close(self) -> None:
@@ -177,6 +178,33 @@ def test_more_clients_than_places_wait_their_turn(loop: Loop) -> None:
         assert line(sock) == {"result": None}
         sock.close()
     assert loop.ask("none") is None
+
+
+def test_asking_waits_for_a_place_in_the_queue(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        with pytest.raises(OSError, match=r"no answer within 0\.05 s"):
+            client.ask(path, "status", [], 0.05)
+
+        def serve() -> None:
+            for _ in range(2):
+                sock, _ = listener.accept()
+                with sock:
+                    if sock.recv(100):
+                        sock.sendall(protocol.result(7))
+
+        thread = threading.Thread(target=serve)
+        asked = threading.Thread(target=lambda: answers.append(client.ask(path, "status", [], 30)))
+        answers: list[Any] = []
+        asked.start()
+        first.shutdown(socket.SHUT_RDWR)
+        thread.start()
+        asked.join()
+        thread.join()
+        assert answers == [7]
 
 
 def test_nobody_there(tmp_path: Path) -> None:
