@@ -1,15 +1,19 @@
-"""Real guests against the real `pyvhost net`: what the tests of this folder share."""
+"""Real guests against the real `pyvhost net` and `pyvhost scsi`: what the tests of this folder share."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -42,8 +46,22 @@ class Card:
         return rows[0]
 
 
+@dataclasses.dataclass
+class Controller(Card):
+    """A SCSI controller that is served."""
+
+    def ctl(self, *words: str, status: int = 0) -> Any:
+        """What `pyvhost ctl` prints of it, as JSON. With `status` that of a refusal: its message."""
+        command = [sys.executable, "-m", "pyvhost.cli.main", "ctl", str(self.socket), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        if status:
+            return done.stderr
+        return json.loads(done.stdout) if done.stdout else None
+
+
 class Served:
-    """Starts `pyvhost net` for cards, and ends them all; none may have died or spoken of an error of its own."""
+    """Starts `pyvhost net` for cards and `pyvhost scsi` for controllers, and ends them all; none may have died or spoken of an error of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,6 +86,18 @@ class Served:
         serving = Serving(arguments, paths, on_line=on_line)
         self._servings.append(serving)
         return [Card(serving, path) for path in paths]
+
+    def start_disks(
+        self, name: str, *luns: str, request_queues: int = 1, on_line: Callable[[str], None] | None = None
+    ) -> Controller:
+        """A controller with these LUNs, `[TARGET:LUN=]SPEC` each. It is not waited for: see `wait`."""
+        path = self.folder / name
+        arguments = ["scsi", "--socket-path", str(path), "--request-queues", str(request_queues)]
+        for lun in luns:
+            arguments += ["--lun", lun]
+        serving = Serving(arguments, [path], on_line=on_line)
+        self._servings.append(serving)
+        return Controller(serving, path)
 
     def wait(self) -> None:
         """Until all listen."""

@@ -1,8 +1,8 @@
 """QEMU with Debian's stock kernel: a guest with real PCI devices, many queues and a monitor.
 
 Promises: the kernel is unmodified and the root file system an initramfs of busybox and a few programs of the host,
-gone when the guest is; its NICs are vhost-user devices, attached as a user would attach them (`-netdev vhost-user`,
-shared memory from a memfd). Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
+gone when the guest is; its NICs and SCSI controllers are vhost-user devices, attached as a user would attach them
+(`-netdev vhost-user`, `-device vhost-user-scsi-pci`, shared memory from a memfd). Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
 Never: needs root or a disk image.
 """
 
@@ -33,6 +33,7 @@ PACKAGE = "qemu-system-x86"
 # UART's are. The UART is what a person reads. It has a name: its number depends on where the cards are.
 _PORT = "pyvhost.shell"
 _PORT_MODULES = ("virtio_pci", "virtio_console")
+_DISK_MODULES = ("virtio_scsi", "sd_mod", "sg")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,19 @@ class Nic:
         return self.mac or "52:54:00:" + digest[:3].hex(":")
 
 
+@dataclass(frozen=True)
+class Disks:
+    """One vhost-user SCSI controller: the back end's socket, and how many request queues to ask for."""
+
+    socket: str | Path
+    queues: int = 1
+    options: str = ""  # more of vhost-user-scsi-pci's properties
+
+
 class QemuGuest(Guest):
-    """A QEMU with one virtio NIC for each of `nics`, whose back ends must be listening by `start`.
+    """A QEMU with one virtio NIC for each of `nics`, and one virtio SCSI controller for each of `disks`.
+
+    Their back ends must be listening by `start`.
 
     `kernel` is what to boot (default: `find_kernel()`); `programs` are the host's, taken into the guest if the
     host has them. `reconnect`: seconds after which QEMU dials a back end again that has gone, 0 for never.
@@ -63,8 +75,9 @@ class QemuGuest(Guest):
 
     def __init__(
         self,
-        nics: Sequence[Nic],
+        nics: Sequence[Nic] = (),
         *,
+        disks: Sequence[Disks] = (),
         name: str = "QEMU",
         memory_mib: int = 256,
         cpus: int | None = None,
@@ -73,7 +86,7 @@ class QemuGuest(Guest):
         devices: Sequence[str] = (),
         kernel: Kernel | None = None,
         kernel_arguments: str = "",
-        modules: Sequence[str] = ("virtio_pci", "virtio_net"),
+        modules: Sequence[str] | None = None,
         programs: Sequence[str] = ("ethtool", "iperf3"),
         reconnect: int = 0,
         movable: bool = False,
@@ -82,8 +95,10 @@ class QemuGuest(Guest):
     ) -> None:
         super().__init__(name, on_line=on_line)
         self.nics = list(nics)
+        self.disks = list(disks)
         self.memory_mib = memory_mib
-        self.cpus = cpus or max([1, *(nic.queue_pairs for nic in nics)])
+        queues = [*(nic.queue_pairs for nic in nics), *(controller.queues for controller in disks)]
+        self.cpus = cpus or max([1, *queues])
         self.accelerator = accelerator
         self.machine = machine
         self.devices = list(devices)
@@ -94,6 +109,8 @@ class QemuGuest(Guest):
         self.memory_kib = memory_mib * 1024 + (8 if movable else 0)
         self.movable = movable
         self.incoming = incoming
+        if modules is None:
+            modules = ["virtio_pci", "virtio_net", *(_DISK_MODULES if disks else ())]
         self.modules = list(modules)
         self.programs = list(programs)
         self.reconnect = reconnect
@@ -134,6 +151,7 @@ class QemuGuest(Guest):
         ]
         return type(self)(
             nics,
+            disks=self.disks,
             name=name,
             memory_mib=self.memory_mib,
             cpus=self.cpus,
@@ -246,11 +264,14 @@ class QemuGuest(Guest):
         ]
         for device in self.devices:
             argv += ["-device", device]
+        again = f",reconnect={self.reconnect}" if self.reconnect else ""
         for number, nic in enumerate(self.nics):
-            again = f",reconnect={self.reconnect}" if self.reconnect else ""
             argv += ["-chardev", f"socket,id=chr{number},path={_escaped(nic.socket)}{again}"]
             argv += ["-netdev", f"vhost-user,id=net{number},chardev=chr{number},queues={nic.queue_pairs}"]
             argv += ["-device", _device(number, nic, self.accelerator)]
+        for number, controller in enumerate(self.disks):
+            argv += ["-chardev", f"socket,id=disks{number},path={_escaped(controller.socket)}{again}"]
+            argv += ["-device", _controller(number, controller, self.accelerator)]
         if self.incoming:
             self._incoming_path = folder / "incoming"
             argv += ["-S", "-incoming", "defer"]
@@ -319,6 +340,19 @@ def _device(number: int, nic: Nic, accelerator: str) -> str:
     if nic.queue_pairs > 1:
         parts += ["mq=on"]
     return ",".join([*parts, nic.options] if nic.options else parts)
+
+
+def _controller(number: int, controller: Disks, accelerator: str) -> str:
+    # Vectors as above: one a ring (control, event, requests), one for the configuration.
+    vectors = 0 if accelerator == "tcg" else controller.queues + 3
+    parts = [
+        "vhost-user-scsi-pci",
+        f"chardev=disks{number}",
+        f"id=scsi{number}",
+        f"num_queues={controller.queues}",
+        f"vectors={vectors}",
+    ]
+    return ",".join([*parts, controller.options] if controller.options else parts)
 
 
 def _typed(value: str) -> str | int | bool:

@@ -1,8 +1,8 @@
 """User Mode Linux: the guest that is an ordinary process, and boots in a second or two.
 
 Promises: Debian's `user-mode-linux`, unmodified; its root is the host's own, through hostfs, mounted read-only, so
-that every program of the host is there; what is written goes to a tmpfs. Its NICs are vhost-user devices, one a
-socket. Runs as any user, each guest with the rights of that user. Never: needs KVM, root or a disk image.
+that every program of the host is there; what is written goes to a tmpfs. Its NICs and its SCSI controllers are
+vhost-user devices, one a socket. Runs as any user, each guest with the rights of that user. Never: needs KVM, root or a disk image.
 """
 
 from __future__ import annotations
@@ -26,23 +26,31 @@ MODULES = Path("/usr/lib/uml/modules")
 
 # The shell's line: console 1. Console 0 is what a person reads.
 _TTY = "/dev/tty1"
+_DISK_MODULES = ("virtio_scsi", "sd_mod", "sg")
 
 
 class UmlGuest(Guest):
-    """A UML with one virtio NIC for each of `sockets`, which the back end must be listening on by `start`."""
+    """A UML with one virtio NIC for each of `sockets`, and one virtio SCSI controller for each of `disks`.
+
+    The back ends must be listening on them by `start`. `modules`: the drivers to load; default: what the cards need.
+    """
 
     def __init__(
         self,
-        sockets: Sequence[str | Path],
+        sockets: Sequence[str | Path] = (),
         *,
+        disks: Sequence[str | Path] = (),
         name: str = "UML",
         memory_mib: int = 96,
-        modules: Sequence[str] = ("virtio_net",),
+        modules: Sequence[str] | None = None,
         on_line: LineCallback | None = None,
     ) -> None:
         super().__init__(name, on_line=on_line)
         self.sockets = [str(Path(path).absolute()) for path in sockets]
+        self.disks = [str(Path(path).absolute()) for path in disks]
         self.memory_mib = memory_mib
+        if modules is None:
+            modules = [*(("virtio_net",) if sockets or not disks else ()), *(_DISK_MODULES if disks else ())]
         self.modules = list(modules)
 
     def _command(
@@ -69,6 +77,7 @@ class UmlGuest(Guest):
             "ssl=null",
             "panic=-1",
             *(f"virtio_uml.device={path}:{virtio.ID_NET}" for path in self.sockets),
+            *(f"virtio_uml.device={path}:{virtio.ID_SCSI}" for path in self.disks),
         ]
         return argv, {"TMPDIR": str(memory_folder(self.memory_mib))}, []
 
