@@ -61,7 +61,10 @@ class Controller(Card):
 
 
 class Served:
-    """Starts `pyvhost net` for cards and `pyvhost scsi` for controllers, and ends them all; none may have died or spoken of an error of its own."""
+    """Starts `pyvhost net` for cards and `pyvhost scsi` for controllers, and ends them all.
+
+    None may have died or spoken of an error of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

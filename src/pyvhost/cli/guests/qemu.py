@@ -2,7 +2,8 @@
 
 Promises: the kernel is unmodified and the root file system an initramfs of busybox and a few programs of the host,
 gone when the guest is; its NICs and SCSI controllers are vhost-user devices, attached as a user would attach them
-(`-netdev vhost-user`, `-device vhost-user-scsi-pci`, shared memory from a memfd). Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
+(`-netdev vhost-user`, `-device vhost-user-scsi-pci`, shared memory from a memfd).
+Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
 Never: needs root or a disk image.
 """
 

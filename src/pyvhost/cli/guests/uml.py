@@ -2,7 +2,8 @@
 
 Promises: Debian's `user-mode-linux`, unmodified; its root is the host's own, through hostfs, mounted read-only, so
 that every program of the host is there; what is written goes to a tmpfs. Its NICs and its SCSI controllers are
-vhost-user devices, one a socket. Runs as any user, each guest with the rights of that user. Never: needs KVM, root or a disk image.
+vhost-user devices, one a socket. Runs as any user, each guest with the rights of that user.
+Never: needs KVM, root or a disk image.
 """
 
 from __future__ import annotations
