@@ -39,6 +39,12 @@ def test_inquiry(scene: Scene) -> None:
     assert told(scene.do("12 00 80 00ff 00")) == (Key.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_CDB)
 
 
+def test_scsi_2_has_the_lun_in_the_cdb(scene: Scene) -> None:
+    """Linux' first INQUIRY to a target has it, whatever the target is."""
+    assert data(scene.do("12 a0 00 0024 00"))[8:16] == b"PYVHOST "
+    assert told(scene.do("12 02 00 0024 00")) == (Key.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_CDB)
+
+
 def test_allocation_length_is_no_overflow(scene: Scene) -> None:
     task = scene.do("12 00 00 0010 00", into=64)
     assert task.transferred_in == 16

@@ -25,6 +25,11 @@ Handler = Callable[[Request], Coroutine[Operation[Any], Any, None]]
 CONTROL = "04"
 
 
+#: TEST UNIT READY, REQUEST SENSE, INQUIRY. Who doesn't know yet that this isn't SCSI-2 puts the LUN into the upper bits
+#: of byte 1, as Linux does with the first INQUIRY to a target.
+_BEFORE_INQUIRY = frozenset((0x00, 0x03, 0x12))
+
+
 def _always(_unit: LogicalUnit) -> bool:
     return True
 
@@ -72,6 +77,8 @@ class Command:
             mask = self.usage[at]
             if at == 1 and self.service_action is not None:
                 mask |= 0x1F
+            if at == 1 and self.opcode in _BEFORE_INQUIRY:
+                mask |= 0xE0
             wrong = cdb[at] & ~mask & 0xFF
             if wrong:
                 return at, wrong.bit_length() - 1
