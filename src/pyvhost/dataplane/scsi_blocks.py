@@ -76,6 +76,9 @@ OP_NEXT: Final = 88
 OP_QUEUE: Final = 96
 #: What is logged when it is done: how many pieces, and guest address and bytes of each.
 OP_PIECES: Final = 104
+#: Which one it is of all that the worker has ever begun; whether Python wants to know when it has ended.
+OP_SERIAL: Final = 112
+OP_WATCHED: Final = 120
 OP_PIECE: Final = 128
 #: A chain of more pieces than this is Python's.
 OP_MAX_PIECES: Final = 132
@@ -104,13 +107,15 @@ DISKS_TODO_TAKEN: Final = 120
 DISKS_DONE: Final = 128
 DISKS_DONE_PUT: Final = 136
 DISKS_DONE_TAKEN: Final = 144
+#: How many operations were begun.
+DISKS_BEGUN: Final = 152
 DISKS_BYTES: Final = 192
 
 #: An entry of either: four numbers.
 ENTRY_BYTES: Final = 32
 ENTRIES: Final = 1 << 16
 #: What an entry to Python says: a chain to be handled (ring, head); one whose operation the host failed (ring,
-#: head, errno); an operation that was to be aborted has ended (ring, head, operation).
+#: head, errno); an operation that was watched has ended (ring, head, serial number).
 TODO_CHAIN: Final = 1
 TODO_FAILED: Final = 2
 TODO_ENDED: Final = 3

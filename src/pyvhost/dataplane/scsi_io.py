@@ -20,6 +20,7 @@ from pyvhost.dataplane.access import (
     load32,
     load64,
     load64_acquire,
+    signal,
     store8,
     store64,
     store64_release,
@@ -37,6 +38,7 @@ from pyvhost.dataplane.blocks import (
 from pyvhost.dataplane.dirty_log import mark
 from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.scsi_blocks import (
+    DISKS_BEGUN,
     DISKS_DONE,
     DISKS_FREE,
     DISKS_OPS,
@@ -59,10 +61,12 @@ from pyvhost.dataplane.scsi_blocks import (
     OP_QUEUE,
     OP_RESPONSE,
     OP_RING,
+    OP_SERIAL,
     OP_STARTED,
     OP_STATE,
     OP_TAG,
     OP_UNIT,
+    OP_WATCHED,
     OP_WRITTEN,
     REQUEST_ATTRIBUTE,
     REQUEST_CDB,
@@ -231,6 +235,9 @@ def start(worker: Record, queue: Record, ring_index: int, ring: Record, slot: in
     store64(op + OP_STARTED, now)
     store64(op + OP_TAG, load64(at + REQUEST_TAG))
     store64(op + OP_ABORT, 0)
+    store64(op + OP_WATCHED, 0)
+    store64(disks + DISKS_BEGUN, load64(disks + DISKS_BEGUN) + 1)
+    store64(op + OP_SERIAL, load64(disks + DISKS_BEGUN))
     store64(op + OP_IS_WRITE, 1 if writes else 0)
     store64(op + OP_QUEUE, ring["port"])
     store64(unit + UNIT_IN_FLIGHT, load64(unit + UNIT_IN_FLIGHT) + 1)
@@ -264,6 +271,8 @@ def respond(ring: Record, op: int, code: int) -> None:
             run = min(load64(piece + 8), left)
             mark(ring["log_data"], ring["log_bytes"], load64(piece), run)
             left -= run
+        if ring["log_fd"] >= 0:
+            signal(ring["log_fd"])
 
 
 @inline

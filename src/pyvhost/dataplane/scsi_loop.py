@@ -10,6 +10,8 @@ Never: returns without a reason (`REASON_*`).
 
 from __future__ import annotations
 
+from typing import Final
+
 from pyvhost.dataplane.access import (
     clock_ns,
     load32,
@@ -52,16 +54,18 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_DONE_PUT,
     DISKS_DONE_TAKEN,
     DISKS_OPS,
-    DISKS_PUSHED,
     OP_ABORT,
     OP_BYTES,
     OP_EXPECTED,
     OP_HEAD,
     OP_IS_WRITE,
     OP_RING,
+    OP_SERIAL,
     OP_STARTED,
     OP_UNIT,
+    OP_WATCHED,
     OP_WRITTEN,
+    OPS,
     RESPONSE_BYTES,
     TODO_CHAIN,
     TODO_DRAINED,
@@ -72,7 +76,10 @@ from pyvhost.dataplane.scsi_blocks import (
 from pyvhost.dataplane.scsi_io import done_entry, free_todo, give_back, respond, start, tell
 from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take_kept, use, want_kicks
 from pyvhost.dataplane.translate import fault
-from pyvhost.dataplane.uring import consume, next_completion, submit
+from pyvhost.dataplane.uring import consume, next_completion, submit, withdraw
+
+#: Room in Python's queue that is kept for operations that end: what each may have to say, and once more.
+_RESERVED: Final = 4 * OPS
 
 
 @kernel
@@ -90,10 +97,9 @@ def _used(rings: Records, queues: Records, index: int, head: int, written: int) 
 def _show(rings: Records, queues: Records, index: int) -> None:
     """Shows the driver what was used of a queue's ring."""
     ring = rings[queues[index]["tx"]]
-    if ring["unshown"]:
+    if ring["unshown"] and ring["located"]:
         ring["unshown"] = 0
-        if ring["located"]:
-            publish(ring)
+        publish(ring)
     if queues[index]["held_back"] and queues[index]["in_flight"] == 0:
         # Python waits for the last one.
         signal(queues[index]["python_fd"])
@@ -153,25 +159,51 @@ def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
         head = load64(op + OP_HEAD)
         ring = rings[index]
         abort = load64(op + OP_ABORT)
-        if abort == 0 and result != load64(op + OP_EXPECTED) and not queues[ring["port"]]["orphan"]:
+        orphan = queues[ring["port"]]["orphan"]
+        if abort == 0 and result != load64(op + OP_EXPECTED) and not orphan:
             # What the host failed, or did in part, is Python's to do again and to explain.
             tell(disks, TODO_FAILED, index, head, -result if result < 0 else 0)
             signal(queues[ring["port"]]["python_fd"])
         else:
-            if abort == 0:
-                _count_io(op, now)
-            else:
+            if abort:
                 store64(op + OP_WRITTEN, RESPONSE_BYTES)
-            if not queues[ring["port"]]["orphan"]:
+            elif not orphan:
+                _count_io(op, now)
+            if not orphan:
                 respond(ring, op, abort)
             _used(rings, queues, index, head, load64(op + OP_WRITTEN))
-            if abort:
-                tell(disks, TODO_ENDED, index, head, number)
-                signal(queues[ring["port"]]["python_fd"])
-        if give_back(disks, op, number):
-            tell(disks, TODO_DRAINED, index, head, number)
-            signal(queues[ring["port"]]["python_fd"])
+        _over(worker, rings, queues, op, number)
         _activate(worker, rings, queues, ring["port"])
+
+
+@kernel
+def _over(worker: Record, rings: Records, queues: Records, op: int, number: int) -> None:
+    """An operation has ended, one way or another: it is free again, and who waits for it is told."""
+    disks = worker["disks"]
+    index = load64(op + OP_RING)
+    head = load64(op + OP_HEAD)
+    queue = queues[rings[index]["port"]]
+    if load64(op + OP_WATCHED):
+        tell(disks, TODO_ENDED, index, head, load64(op + OP_SERIAL))
+        signal(queue["python_fd"])
+    if give_back(disks, op, number):
+        tell(disks, TODO_DRAINED, index, head, number)
+        signal(queue["python_fd"])
+
+
+@kernel
+def _refused(worker: Record, rings: Records, queues: Records, code: int) -> None:
+    """The host took none of what is left in the submission queue: Python does it."""
+    disks = worker["disks"]
+    while True:
+        number = withdraw(disks)
+        if number < 0:
+            return
+        op = load64(disks + DISKS_OPS) + number * OP_BYTES
+        index = load64(op + OP_RING)
+        tell(disks, TODO_FAILED, index, load64(op + OP_HEAD), code)
+        signal(queues[rings[index]["port"]]["python_fd"])
+        _over(worker, rings, queues, op, number)
 
 
 @kernel
@@ -195,7 +227,7 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
         return 0
     disks = worker["disks"]
     batch = worker["tx_batch"]
-    room = min(BATCH, free_todo(disks) - 512)
+    room = min(BATCH, free_todo(disks) - _RESERVED)
     if room <= 0:
         return 0
     chains = collect(ring, batch, 0, room, 0, 0)
@@ -227,9 +259,11 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
         worker["faults"] = 1
         if stop_at_fault(ring):
             worker["reason"] |= REASON_RING
-    # The iovecs lie in the batch: they have been read when this is back.
+    # The iovecs lie in the batch: they have been read when this is back, or nobody is going to.
     calls = submit(disks)
-    if calls > 0:
+    if calls < 0:
+        _refused(worker, rings, queues, -calls)
+    elif calls > 0:
         count(worker["row"], C_SYSCALLS, calls)
     return took
 
@@ -317,10 +351,9 @@ def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
                 store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
             else:
                 at += 1
-            if worker["reason"] != REASON_STOP:
-                return worker["reason"]
-        if load64(disks + DISKS_PUSHED):
-            submit(disks)
+        # Not before every queue has had its turn: what was used is shown when the loop is out.
+        if worker["reason"] != REASON_STOP:
+            return worker["reason"]
         if moved == 0:
             # Awake for those that are polled; asleep until a kick, Python, or the host.
             _wait(worker, rings, queues, 0 if worker["active_count"] > 0 else -1)

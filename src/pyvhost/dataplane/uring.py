@@ -1,8 +1,7 @@
 """io_uring from compiled code: operations pushed, submitted in one call, and reaped (io_uring_enter(2)).
 
-Without io_uring (descriptor -1) an operation is done on the spot by preadv2 or pwritev2.
-
-Promises: nothing is pushed beyond the operations there are; a struct iovec has to live until `submit` returns.
+Promises: nothing is pushed beyond the operations there are; a struct iovec has to live until `submit` returns, and
+for what that could not hand over until `withdraw` has taken it back.
 Never: waits.
 """
 
@@ -80,6 +79,20 @@ def submit(disks: int) -> int:
         store64(disks + DISKS_PUSHED, pushed)
         store64(disks + DISKS_BUSY, load64(disks + DISKS_BUSY) + took)
     return calls
+
+
+@kernel
+def withdraw(disks: int) -> int:
+    """Takes back the newest operation that was pushed and that `submit` could not hand over; its mark, -1: none."""
+    pushed = load64(disks + DISKS_PUSHED)
+    if pushed == 0:
+        return -1
+    tail_at = load64(disks + DISKS_SQ_TAIL)
+    # The kernel looks at the tail within a call alone: until then it is ours.
+    tail = (load32(tail_at) - 1) & 0xFFFFFFFF
+    store32_release(tail_at, tail)
+    store64(disks + DISKS_PUSHED, pushed - 1)
+    return load64(load64(disks + DISKS_SQES) + (tail & load64(disks + DISKS_SQ_MASK)) * _SQE_BYTES + 32)
 
 
 @kernel

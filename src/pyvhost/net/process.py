@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvhost.dataplane import blocks, policy, split_ring
+from pyvhost.dataplane import blocks, inflight, policy, split_ring
 from pyvhost.dataplane.dirty_log import log_slot, log_used
 from pyvhost.dataplane.net_loop import net_loop
 from pyvhost.dataplane.switch_table import learn
@@ -57,6 +57,7 @@ class Process:
                 (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
                 (split_ring.use_written, (ring, 0, 0)),
+                (inflight.begin, (ring, 0)),
                 (split_ring.take, (ring, 0)),
                 (split_ring.publish, (ring,)),
                 (split_ring.want_kicks, (ring, True)),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pyvhost.abi import virtio_scsi as abi
 from pyvhost.host.poller import Poller
+from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, parse_lun
 from pyvhost.scsi.target import Response, Target
 from pyvhost.vhost.chains import Chain, PythonRing
@@ -39,6 +41,8 @@ class ControlQueue:
     def __init__(self, device: ScsiDevice, name: str, poller: Poller, row: Int64s) -> None:
         self._device = device
         self.ring = PythonRing(name, self._handle, poller, row)
+        #: Functions that are not answered, whether anybody waits for that or not.
+        self.asked: list[Chain] = []
 
     def _handle(self, chain: Chain) -> int | None:
         raw = chain.read(_TMF_BYTES)
@@ -64,22 +68,35 @@ class ControlQueue:
         if address is None or target is None:
             return chain.write(bytes([abi.S_BAD_TARGET]))
         # A driver that aborts a request has made it available before: it is to be found.
-        self._device.sweep()
+        self.asked.append(chain)
 
         def answer(response: Response) -> None:
-            self.ring.finish(chain, chain.write(bytes([_ANSWERS[response]])))
+            if self.ring.alive(chain):
+                self.ring.finish(chain, chain.write(bytes([_ANSWERS[response]])))
+            self.asked.remove(chain)
+            self._device.chain_ended(chain)
 
-        self._function(function, target, address, tag, answer)
+        raw_tag = int.from_bytes(raw[16:24], sys.byteorder)
+        # What comes from now on is none of its business.
+        with self._device.paused():
+            self._device.sweep()
+            self._function(function, target, address, (tag, raw_tag), answer)
         return None
 
     def _function(
-        self, function: int, target: Target, address: Address, tag: int, answer: Callable[[Response], None]
+        self,
+        function: int,
+        target: Target,
+        address: Address,
+        tags: tuple[int, int],
+        answer: Callable[[Response], None],
     ) -> None:
         device = self._device
+        tag, raw_tag = tags
         nexus, entry, lun = device.nexus, device.entry(address), address.lun
 
         def of_task(unit: int, of: int) -> bool:
-            return unit == entry and of == tag
+            return unit == entry and of == raw_tag
 
         def of_unit(unit: int, of: int) -> bool:
             return unit == entry
@@ -87,6 +104,20 @@ class ControlQueue:
         def of_target(unit: int, of: int) -> bool:
             return unit in {device.entry(Address(address.target, number)) for number in target.numbers}
 
+        def both(chosen: Callable[[int, int], bool], code: int) -> Callable[[Response], None]:
+            """Aborts what the loop has; what answers when that has ended and the target has said its response."""
+            responses: list[Response] = []
+            over = Endings()
+            over.wait((1, 2), lambda: answered(responses[0]))
+
+            def said(response: Response) -> None:
+                responses.append(response)
+                over.ended(1)
+
+            device.abort_loop(chosen, code, lambda: over.ended(2))
+            return said
+
+        answered = answer
         if function == abi.T_TMF_QUERY_TASK:
             if device.in_loop(of_task):
                 answer(Response.FUNCTION_SUCCEEDED)
@@ -100,14 +131,19 @@ class ControlQueue:
         elif function == abi.T_TMF_CLEAR_ACA:
             target.clear_aca(nexus, lun, answer)
         elif function == abi.T_TMF_ABORT_TASK:
-            device.abort_loop(of_task, abi.S_ABORTED, lambda: target.abort_task(nexus, lun, tag, answer))
+            answer = both(of_task, abi.S_ABORTED)
+            target.abort_task(nexus, lun, tag, answer)
         elif function == abi.T_TMF_ABORT_TASK_SET:
-            device.abort_loop(of_unit, abi.S_ABORTED, lambda: target.abort_task_set(nexus, lun, answer))
+            answer = both(of_unit, abi.S_ABORTED)
+            target.abort_task_set(nexus, lun, answer)
         elif function == abi.T_TMF_CLEAR_TASK_SET:
-            device.abort_loop(of_unit, abi.S_ABORTED, lambda: target.clear_task_set(nexus, lun, answer))
+            answer = both(of_unit, abi.S_ABORTED)
+            target.clear_task_set(nexus, lun, answer)
         elif function == abi.T_TMF_LOGICAL_UNIT_RESET and lun != REPORT_LUNS_WLUN:
-            device.abort_loop(of_unit, abi.S_RESET, lambda: target.lun_reset(lun, answer))
+            answer = both(of_unit, abi.S_RESET)
+            target.lun_reset(lun, answer)
         elif function == abi.T_TMF_I_T_NEXUS_RESET:
-            device.abort_loop(of_target, abi.S_RESET, lambda: target.nexus_reset(nexus, answer))
+            answer = both(of_target, abi.S_RESET)
+            target.nexus_reset(nexus, answer)
         else:
             answer(Response.FUNCTION_REJECTED)

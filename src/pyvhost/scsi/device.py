@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
@@ -22,10 +24,12 @@ from pyvhost.abi import virtio_scsi as abi
 from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.plain import load64, store64
 from pyvhost.host.poller import Poller
+from pyvhost.memory.regions import MemoryTable
 from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
-from pyvhost.scsi.nexus import Nexus
+from pyvhost.scsi.nexus import Nexus, world_wide_name
 from pyvhost.scsi.plane import DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
 from pyvhost.scsi.requests import Address, Request
@@ -33,6 +37,7 @@ from pyvhost.scsi.sense import Asc
 from pyvhost.scsi.stores import spec
 from pyvhost.scsi.stores.base import Store
 from pyvhost.scsi.stores.descriptor import DescriptorStore
+from pyvhost.scsi.stores.file import FileStore
 from pyvhost.scsi.stores.memory import MemoryStore
 from pyvhost.scsi.stores.wrappers import innermost
 from pyvhost.scsi.target import Target
@@ -54,6 +59,11 @@ EVENT: Final = 1
 REQUEST: Final = 2
 #: How long a stop waits for what a store has under way, in seconds.
 PATIENCE: Final = 10.0
+#: And the end of the device.
+CLOSE_WAITS: Final = 2.0
+
+#: Says whether an operation of the loop is meant, by its unit's entry and its tag as the driver wrote it.
+Chosen = Callable[[int, int], bool]
 
 
 class Served(NamedTuple):
@@ -107,8 +117,13 @@ class ScsiDevice(Device):
         self._events: BufferRing | None = None
         self._missed = False
         self._control: ControlQueue | None = None
-        #: Who waits for operations of the loop to end: by operation.
-        self._ending: dict[int, Callable[[], object]] = {}
+        #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
+        self._endings = Endings()
+        self._queue_rows: dict[int, Int64s] = {}
+        #: Queues that nobody waits for, and which have something in flight.
+        self._left: list[RequestQueue] = []
+        #: Units, gone ones as well, for which somebody waits until the loop has nothing of them.
+        self._draining: list[_Unit] = []
 
     def attach(self, poller: Poller) -> None:
         """Opens the stores and takes its place in the process's workers."""
@@ -149,7 +164,7 @@ class ScsiDevice(Device):
         if address in self._units:
             raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
         store = spec.parse(store) if isinstance(store, str) else store
-        unit = LogicalUnit(store, serial=serial)
+        unit = LogicalUnit(store, serial=serial or store.serial or self._serial(store, address))
         unit.open(self.poller)
         there = self._targets.get(target)
         if there is None:
@@ -164,6 +179,15 @@ class ScsiDevice(Device):
         there.add(lun, unit)
         self._fast_changed(known)
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
+
+    def _serial(self, store: Store, address: Address) -> str:
+        """A serial number for a disk that was given none: a file's own wherever it is, a memory's of its place."""
+        kept = innermost(store)
+        if isinstance(kept, MemoryStore):
+            text = f"{self.name} {address.target}:{address.lun}"
+        else:
+            text = os.path.abspath(kept.path) if isinstance(kept, FileStore) else kept.spec
+        return f"{world_wide_name(text):016x}"
 
     def remove_lun(self, target: int, lun: int) -> None:
         """A disk less, of which the guest hears. ValueError: there is none."""
@@ -211,6 +235,7 @@ class ScsiDevice(Device):
             return self._events
         queue = self._queues[index - REQUEST]
         if queue.dead:
+            self._leave(queue)
             queue = self._queues[index - REQUEST] = self._make_queue(index - REQUEST)
         return queue
 
@@ -240,16 +265,23 @@ class ScsiDevice(Device):
 
     def set_vring_running(self, index: int, running: bool) -> None:
         """Serve a vring, or let it rest: what it has begun is done first, as long as its store answers."""
-        if not running and 0 <= index < len(self.vrings) and self.vrings[index].place is not None:
-            self._settle(index)
-        super().set_vring_running(index, running)
+        if running or not 0 <= index < len(self.vrings) or self.vrings[index].place is None:
+            super().set_vring_running(index, running)
+            return
+        with self._settled(index):
+            super().set_vring_running(index, False)
 
     def reset(self) -> None:
         """The initiator is gone: its tasks are aborted, what the host has under way ends unseen."""
         for queue in self._queues:
+            # Nothing more is taken, so that what is in flight is what there is.
+            queue.hold_back(True)
             if queue.in_flight:
                 queue.orphan()
         super().reset()
+        for queue in self._queues:
+            if not queue.dead:
+                queue.hold_back(False)
         for target in self._targets.values():
             target.detach(self._nexus)
         self._nexus = Nexus(self.name)
@@ -260,13 +292,19 @@ class ScsiDevice(Device):
         self._missed = False
 
     def close(self) -> None:
-        """Gives up rings, units and stores."""
+        """Gives up rings, units and stores; what a store has under way has a moment to end."""
         self.reset()
         for address in list(self._units):
             self.remove_lun(address.target, address.lun)
-        for queue in self._queues:
-            queue.leave()
-        self._queues = []
+        queues, self._queues = self._queues, []
+        for queue in queues:
+            self._leave(queue)
+        if self.poller is not None and (self._left or self._draining or self._endings):
+            ended = self.poller.run_inner(
+                lambda: not (self._left or self._draining or self._endings), CLOSE_WAITS
+            )
+            if not ended:
+                _log.error("%s: closed with requests that don't end", self.name)
         for row in self._rows:
             Plane.get().counters.release(row)
         self._rows = []
@@ -303,18 +341,45 @@ class ScsiDevice(Device):
         )
         target.submit(task, address.lun)
 
-    def _settle(self, index: int) -> None:
-        """Has a vring's chains done with before it stops."""
+    @contextmanager
+    def _settled(self, index: int) -> Iterator[None]:
+        """A vring's chains are done with, or given up, and no more are taken meanwhile."""
+        assert self.poller is not None
+        if index == CONTROL and self._control is not None:
+            ring = self._control.ring
+            if not self.poller.run_inner(lambda: ring.in_flight == 0, PATIENCE):
+                _log.error(
+                    "%s: vring %d: %d functions do not end: given up", self.name, index, ring.in_flight
+                )
         if index < REQUEST:
+            yield
             return
         queue = self._queues[index - REQUEST]
         queue.hold_back(True)
-        assert self.poller is not None
-        if not self.poller.run_inner(lambda: queue.in_flight == 0, PATIENCE):
-            _log.error("%s: vring %d: %d requests do not end: given up", self.name, index, queue.in_flight)
-            queue.orphan()
-        else:
-            queue.hold_back(False)
+        try:
+            if not self.poller.run_inner(lambda: queue.in_flight == 0, PATIENCE):
+                _log.error(
+                    "%s: vring %d: %d requests do not end: given up", self.name, index, queue.in_flight
+                )
+                queue.orphan()
+            yield
+        finally:
+            if not queue.dead:
+                queue.hold_back(False)
+
+    def _leave(self, queue: RequestQueue) -> None:
+        self._left.append(queue)
+        queue.leave(lambda: self._left.remove(queue))
+
+    def _retire(self, table: MemoryTable) -> None:
+        """A memory table waits for what was begun in it: the host may write there, and so may tasks."""
+        names: set[Hashable] = set()
+        for queue in (*self._queues, *self._left):
+            names.update(queue.pending)
+        if self._control is not None:
+            names.update(self._control.asked)
+        names.update(self._watch(lambda unit, tag: True))
+        self._endings.wait(names, table.close)
 
     # --- the compiled loop --------------------------------------------------------------------------------
 
@@ -322,12 +387,21 @@ class ScsiDevice(Device):
         unit, entry = known.unit, known.entry
         store64(entry + layout.UNIT_FAST, 0)
         fast = int(unit.fast(self._nexus)) if unit.store.fd >= 0 and self._has_uring else 0
-        if fast:
-            store64(entry + layout.UNIT_FD, unit.store.fd)
-            store64(entry + layout.UNIT_SHIFT, unit.block_size.bit_length() - 1)
-            store64(entry + layout.UNIT_BLOCKS, unit.blocks)
-            store64(entry + layout.UNIT_DSYNC, int(unit.write_through))
-            store64(entry + layout.UNIT_FAST, fast)
+        if not fast:
+            return
+        needs = {
+            layout.UNIT_FD: unit.store.fd,
+            layout.UNIT_SHIFT: unit.block_size.bit_length() - 1,
+            layout.UNIT_BLOCKS: unit.blocks,
+            layout.UNIT_DSYNC: int(unit.write_through),
+        }
+        if any(load64(entry + word) != value for word, value in needs.items()):
+            # Nobody is in the middle of a command, with some of the words of before.
+            assert self._worker is not None
+            with self._worker.paused():
+                for word, value in needs.items():
+                    store64(entry + word, value)
+        store64(entry + layout.UNIT_FAST, fast)
 
     @property
     def _has_uring(self) -> bool:
@@ -339,61 +413,77 @@ class ScsiDevice(Device):
             if load64(known.entry + layout.UNIT_IN_FLIGHT):
                 store64(known.entry + layout.UNIT_WATCHED, 1)
                 known.drained.append(done)
+                if known not in self._draining:
+                    self._draining.append(known)
                 return
         done()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """The loop that serves this device is out while this is held."""
+        assert self._worker is not None
+        return self._worker.paused()
 
     def sweep(self) -> None:
         """Has all requests that came before a task management function begun."""
         for queue in self._queues:
             queue.sweep()
 
-    def abort_loop(self, chosen: Callable[[int, int], bool], code: int, done: Callable[[], object]) -> None:
+    def abort_loop(self, chosen: Chosen, code: int, done: Callable[[], object]) -> None:
         """Aborts the loop's operations of which `chosen(unit's entry, tag)`; `done` when they have ended."""
-        assert self._worker is not None
-        waiting = 1
+        self._endings.wait(self._watch(chosen, code), done)
 
-        def one() -> None:
-            nonlocal waiting
-            waiting -= 1
-            if waiting == 0:
+    def in_loop(self, chosen: Chosen) -> bool:
+        """Whether the loop has an operation of which `chosen(unit's entry, tag)`."""
+        with self.paused():
+            return any(True for _ in self._operations(chosen, self._queues))
+
+    def _operations(self, chosen: Chosen, queues: Iterable[RequestQueue]) -> Iterator[int]:
+        """The addresses of operations that are under way. While the loop is out."""
+        assert self._worker is not None
+        own = {queue.port for queue in queues}
+        for number in range(layout.OPS):
+            op = self._worker.ops + number * layout.OP_BYTES
+            if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
+                tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
+                if chosen(load64(op + layout.OP_UNIT), tag):
+                    yield op
+
+    def _watch(self, chosen: Chosen, code: int = 0) -> list[int]:
+        """Has the loop tell when operations end, given up ones as well; with `code`, it answers them so."""
+        if self._worker is None:
+            return []
+        watched = []
+        with self.paused():
+            for op in self._operations(chosen, (*self._queues, *self._left)):
+                store64(op + layout.OP_WATCHED, 1)
+                if code and not load64(op + layout.OP_ABORT):
+                    store64(op + layout.OP_ABORT, code)
+                watched.append(load64(op + layout.OP_SERIAL))
+        return watched
+
+    def loop_ended(self, serial: int) -> None:
+        """A watched operation has ended."""
+        self._endings.ended(serial)
+
+    def loop_drained(self) -> None:
+        """The last operation of a watched unit has ended."""
+        draining, self._draining = self._draining, []
+        for known in draining:
+            if load64(known.entry + layout.UNIT_IN_FLIGHT):
+                self._draining.append(known)
+                continue
+            waiting, known.drained = known.drained, []
+            for done in waiting:
                 done()
 
-        own = {queue.port for queue in self._queues}
-        with self._worker.paused():
-            for number in range(layout.OPS):
-                op = self._worker.ops + number * layout.OP_BYTES
-                if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
-                    tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
-                    if chosen(load64(op + layout.OP_UNIT), tag) and not load64(op + layout.OP_ABORT):
-                        store64(op + layout.OP_ABORT, code)
-                        waiting += 1
-                        self._ending[number] = one
-        one()
+    def chain_ended(self, chain: Chain) -> None:
+        """Nobody uses a chain's memory any more."""
+        self._endings.ended(chain)
 
-    def in_loop(self, chosen: Callable[[int, int], bool]) -> bool:
-        """Whether the loop has an operation of which `chosen(unit's entry, tag)`."""
-        assert self._worker is not None
-        own = {queue.port for queue in self._queues}
-        with self._worker.paused():
-            for number in range(layout.OPS):
-                op = self._worker.ops + number * layout.OP_BYTES
-                if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
-                    tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
-                    if chosen(load64(op + layout.OP_UNIT), tag):
-                        return True
-        return False
-
-    def _ended(self, kind: int, number: int) -> None:
-        if kind == layout.TODO_ENDED:
-            ended = self._ending.pop(number, None)
-            if ended is not None:
-                ended()
-            return
-        for known in list(self._units.values()):
-            if known.drained and load64(known.entry + layout.UNIT_IN_FLIGHT) == 0:
-                waiting, known.drained = known.drained, []
-                for done in waiting:
-                    done()
+    def queue_waits(self, queue: RequestQueue, iova: int, perm: int) -> None:
+        """A chain that is Python's needs an entry of the IOTLB."""
+        if queue in self._queues:
+            self.iotlb_miss(REQUEST + self._queues.index(queue), iova, perm)
 
     # --- events -------------------------------------------------------------------------------------------
 
@@ -443,12 +533,10 @@ class ScsiDevice(Device):
         assert self.poller is not None
         assert self._worker is not None
         name = f"{self.name}: vring {REQUEST + index}"
-        queue = RequestQueue(
-            self._worker, name, self._row(f"req{index}"), self.poller, self._request, self._ended
-        )
-        with self._worker.paused():
-            queue.use_units(self._table.address, self._table.mask)
-        return queue
+        if index not in self._queue_rows:
+            self._queue_rows[index] = self._row(f"req{index}")
+        row = self._queue_rows[index]
+        return RequestQueue(self._worker, name, row, self.poller, self._request, self, self._table)
 
     def _row(self, queue: str, backend: str = "-") -> Int64s:
         row = Plane.get().row(self.name, "scsi", queue, backend)

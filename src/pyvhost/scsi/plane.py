@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvhost.dataplane import blocks, policy, split_ring
+from pyvhost.dataplane import blocks, inflight, policy, split_ring
 from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.plain import load64, load64_acquire, store64, store64_release
@@ -49,6 +49,8 @@ class DiskWorker(Worker):
         #: Signalled by the loop when there is something for Python.
         self.python_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pollers: set[Poller] = set()
+        #: Told when something of a ring that takes nothing more has ended: each gives back whether it stays here.
+        self._leaving: list[Callable[[], bool]] = []
         self.disks = int(self._disks.ctypes.data)
         self.ops = int(self._ops.ctypes.data)
         for at, value in (
@@ -111,15 +113,24 @@ class DiskWorker(Worker):
         eventfd.drain(self.python_fd)
         # Pairs with the loop's release store, behind the entries.
         put = load64_acquire(self.disks + layout.DISKS_TODO_PUT)
-        taken = int(self._taken[0])
-        while taken < put:
+        # An owner may come here itself: each entry is whose who counts it as taken.
+        while (taken := int(self._taken[0])) < put:
             entry = load64(self.disks + layout.DISKS_TODO) + (taken % layout.ENTRIES) * layout.ENTRY_BYTES
             kind, ring, head, extra = (load64(entry + 8 * i) for i in range(4))
-            taken += 1
-            store64_release(int(self._taken.ctypes.data), taken)
+            store64_release(int(self._taken.ctypes.data), taken + 1)
             owner = self._owners.get(ring)
             if owner is not None:
-                owner(kind, head, extra)
+                try:
+                    owner(kind, head, extra)
+                except Exception:
+                    _log.exception("%s: chain %d of ring %d", self.name, head, ring)
+        leaving, self._leaving = self._leaving, []
+        self._leaving += [stays for stays in leaving if stays()]
+
+    def see_off(self, stays: Callable[[], bool]) -> None:
+        """Calls `stays` now and then, from the control thread, until it says no."""
+        if stays():
+            self._leaving.append(stays)
 
     def finish(self, ring: int, head: int, written: int) -> None:
         """Has the loop use a chain that was Python's. From any thread."""
@@ -176,6 +187,7 @@ class Plane:
                 (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
                 (split_ring.use, (ring, 0, 0)),
                 (split_ring.use_written, (ring, 0, 0)),
+                (inflight.begin, (ring, 0)),
                 (split_ring.take, (ring, 0)),
                 (split_ring.publish, (ring,)),
                 (split_ring.want_kicks, (ring, True)),

@@ -7,38 +7,60 @@ Never: knows what a request says.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.dirty_log import mark
 from pyvhost.dataplane.scsi_loop import sweep
 from pyvhost.dataplane.walk import walk
 from pyvhost.host.poller import Poller
 from pyvhost.scsi.plane import DiskWorker
+from pyvhost.scsi.units import UnitTable
 from pyvhost.vhost import faults
-from pyvhost.vhost.chains import Chain, chain_in
+from pyvhost.vhost.chains import Chain, chain_in, log_chain
 from pyvhost.vhost.worker import Int64s, WorkerPlace
 
 _log = logging.getLogger(__name__)
 
+_WORD: Final = (1 << 64) - 1
+
 #: Handles a chain; the queue's `finish` is due some time.
 Handler = Callable[["RequestQueue", Chain], None]
-#: Told that an operation has ended (`scsi_blocks.TODO_ENDED` or `TODO_DRAINED`), and which one.
-Ended = Callable[[int, int], None]
+
+
+class Owner(Protocol):
+    """The device, as a queue knows it."""
+
+    def loop_ended(self, serial: int) -> None:
+        """A watched operation of the loop has ended."""
+
+    def loop_drained(self) -> None:
+        """The last operation of a watched unit has ended."""
+
+    def chain_ended(self, chain: Chain) -> None:
+        """Nobody uses a chain's memory any more."""
+
+    def queue_waits(self, queue: RequestQueue, iova: int, perm: int) -> None:
+        """A chain that is Python's needs an entry of the IOTLB; `look` says when to try again."""
 
 
 class RequestQueue(WorkerPlace):
-    """A place (`vring.Place`). `units`: address and mask of the device's table of logical units."""
+    """A place (`vring.Place`), over the device's table of logical units."""
 
     def __init__(
-        self, worker: DiskWorker, name: str, row: Int64s, poller: Poller, handler: Handler, ended: Ended
+        self,
+        worker: DiskWorker,
+        name: str,
+        row: Int64s,
+        poller: Poller,
+        handler: Handler,
+        owner: Owner,
+        units: UnitTable,
     ) -> None:
         with worker.paused():
             port = worker.add_port()
@@ -47,20 +69,23 @@ class RequestQueue(WorkerPlace):
             record["tx"] = ring
             record["header"] = 51
             record["python_fd"] = worker.python_fd
+            record["units"], record["unit_mask"] = units.address, units.mask
         super().__init__(worker, port, ring)
         self.disk_worker = worker
         self.name = name
         self._handler = handler
-        self._ended = ended
+        self._owner = owner
+        self._poller = poller
+        #: As long as the loop has anything of ours under way it reads there.
+        self._units = units
+        #: Called when nothing of a queue that nobody waits for is in flight.
+        self._on_left: Callable[[], object] = lambda: None
+        #: Heads whose chain waits for the IOTLB.
+        self._parked: list[int] = []
         self._walk: Any = np.zeros(1, blocks.RING)
         self._batch = np.zeros(blocks.BATCH_BYTES // 8, np.int64)
         self._chains: set[Chain] = set()
         worker.own(ring, self._told, poller)
-
-    def use_units(self, address: int, mask: int) -> None:
-        """Takes over the device's table of logical units. While paused."""
-        record = self.worker.ports[self.port]
-        record["units"], record["unit_mask"] = address, mask
 
     @property
     def in_flight(self) -> int:
@@ -88,36 +113,49 @@ class RequestQueue(WorkerPlace):
 
     def alive(self, chain: Chain) -> bool:
         """Whether somebody waits for a chain."""
-        return chain in self._chains
+        return not self.dead and chain in self._chains
+
+    @property
+    def pending(self) -> list[Chain]:
+        """Chains of Python's whose memory is used, whether somebody waits for them or not."""
+        return list(self._chains)
 
     def orphan(self) -> None:
         """Nobody waits for its chains any more: what is under way ends without a trace."""
         with self.worker.paused():
             self.worker.ports[self.port]["orphan"] = 1
             self.worker.ports[self.port]["held_back"] = 1
-        self._chains.clear()
+        for head in self._parked:
+            self.disk_worker.finish(self.ring, head, 0)
+        self._parked.clear()
 
-    def leave(self) -> None:
-        """Gives up its place, now or when the last of its chains has ended."""
-        if self.in_flight == 0:
-            self.close()
-        else:
+    def leave(self, left: Callable[[], object] = lambda: None) -> None:
+        """Gives up its place, now or when the last of its chains has ended; `left` is called then."""
+        if self.in_flight:
             self.orphan()
+        self._on_left = left
+        self.disk_worker.see_off(self._stays)
+
+    def look(self) -> None:
+        """Looks at the ring, and at what waits for the IOTLB, again."""
+        super().look()
+        if self._parked:
+            self._poller.call_soon_threadsafe(self._try_again)
 
     def finish(self, chain: Chain, written: int) -> None:
         """A chain of Python's is done with: its response and data are written."""
         if chain not in self._chains:
-            # Its life is over; the loop's count of it is not.
-            self.disk_worker.finish(self.ring, chain.head, 0)
+            _log.error("%s: chain %d was finished before", self.name, chain.head)
             return
         self._chains.remove(chain)
-        record = self.record
-        if record["log_data"]:
-            left = written
-            for address, size in chain.logged:
-                mark(record["log_data"], record["log_bytes"], address, min(size, left))
-                left = max(left - size, 0)
+        if self.dead:
+            # Its life is over; the loop's count of it is not.
+            self.disk_worker.finish(self.ring, chain.head, 0)
+            self._owner.chain_ended(chain)
+            return
+        log_chain(self.record, chain, written)
         self.disk_worker.finish(self.ring, chain.head, written)
+        self._owner.chain_ended(chain)
 
     def close(self) -> None:
         """Gives up its place; nothing of it is in flight."""
@@ -129,8 +167,10 @@ class RequestQueue(WorkerPlace):
     # --- within -------------------------------------------------------------------------------------------
 
     def _told(self, kind: int, head: int, extra: int) -> None:
-        if kind in (layout.TODO_ENDED, layout.TODO_DRAINED):
-            self._ended(kind, extra)
+        if kind == layout.TODO_ENDED:
+            self._owner.loop_ended(extra)
+        elif kind == layout.TODO_DRAINED:
+            self._owner.loop_drained()
         elif self.worker.ports[self.port]["orphan"]:
             self.disk_worker.finish(self.ring, head, 0)
         else:
@@ -138,6 +178,21 @@ class RequestQueue(WorkerPlace):
                 _log.debug(
                     "%s: chain %d: the host said %s", self.name, head, errno.errorcode.get(extra, extra)
                 )
+            self._begin(head)
+
+    def _stays(self) -> bool:
+        if self.in_flight:
+            return True
+        with self.worker.paused():
+            # What the loop has said of it, it has said by now.
+            self.disk_worker.serve()
+            self.close()
+        self._on_left()
+        return False
+
+    def _try_again(self) -> None:
+        parked, self._parked = self._parked, []
+        for head in parked:
             self._begin(head)
 
     def _begin(self, head: int) -> None:
@@ -148,6 +203,11 @@ class RequestQueue(WorkerPlace):
         base = int(self._batch.ctypes.data)
         iov = base + blocks.SLOTS * blocks.SLOT_BYTES
         if walk(record, head, base, iov, base + blocks.BATCH_SCRATCH) < 0:
+            if record["fault"] == blocks.IOTLB_MISS:
+                # It was there when the loop took the chain.
+                self._parked.append(head)
+                self._owner.queue_waits(self, int(record["fault_a"]) & _WORD, int(record["fault_b"]))
+                return
             # It was whole when the loop took it: the guest has changed it, or its memory has gone.
             _log.error("%s: %s", self.name, faults.describe(record))
             self.disk_worker.finish(self.ring, head, 0)
@@ -155,12 +215,3 @@ class RequestQueue(WorkerPlace):
         chain = chain_in(base, record)
         self._chains.add(chain)
         self._handler(self, chain)
-
-
-def zeroed(size: int) -> tuple[Any, int]:
-    """Memory and its address."""
-    memory = (ctypes.c_int64 * (size // 8))()
-    return memory, ctypes.addressof(memory)
-
-
-ROW_BYTES: Final = 8 * len(blocks.COUNTERS)

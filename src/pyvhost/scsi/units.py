@@ -6,11 +6,10 @@ Never: knows a command.
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
 
 from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.plain import load64, store64
-from pyvhost.scsi.queue import zeroed
 from pyvhost.scsi.requests import Address
 from pyvhost.vhost.worker import Int64s
 
@@ -27,8 +26,9 @@ class UnitTable:
     """Units by address, at most a quarter full, so that a search ends soon."""
 
     def __init__(self) -> None:
-        self._memory: Any
-        self._memory, self.address = zeroed(CAPACITY * layout.UNIT_BYTES)
+        # Of ctypes, which takes it from the system page by page.
+        self._memory = (ctypes.c_int64 * (CAPACITY * layout.UNIT_BYTES // 8))()
+        self.address = ctypes.addressof(self._memory)
         self.mask = CAPACITY - 1
 
     def add(self, address: Address, row: Int64s) -> int:

@@ -3,7 +3,7 @@
 Promises: a chain's memory is a list of memoryviews straight into the guest's regions, checked by the same
 compiled walk as everyone's; a handler that raises costs its chain alone; a guest that never stops kicking
 leaves the control thread time for others.
-Never: keeps a memoryview beyond the handler's return.
+Never: touches a chain after it was finished, or after its ring has stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane.dirty_log import log_slot, mark
+from pyvhost.dataplane.inflight import begin
 from pyvhost.dataplane.plain import load64
 from pyvhost.dataplane.split_ring import collect, publish, stop_at_fault, take, use, want_kicks
 from pyvhost.host import eventfd
@@ -95,6 +96,17 @@ def chain_in(slot: int, record: Any) -> Chain:
     )
 
 
+def log_chain(record: Any, chain: Chain, written: int) -> None:
+    """Logs the first `written` writable bytes of a chain, if its ring's buffers are logged."""
+    if record["log_data"]:
+        left = written
+        for address, size in chain.logged:
+            mark(record["log_data"], record["log_bytes"], address, min(size, left))
+            left = max(left - size, 0)
+        if record["log_fd"] >= 0:
+            eventfd.signal(int(record["log_fd"]))
+
+
 class PythonRing:
     """A place (`device.Place`) whose chains go to `handler`, on the control thread."""
 
@@ -135,12 +147,22 @@ class PythonRing:
         if self._kick >= 0:
             self._poller.unregister(self._kick)
         self._kick = -1
-        self._pending.clear()
+        if vring.place is None:
+            self._pending.clear()
 
     @property
     def in_flight(self) -> int:
         """How many chains wait for `finish`."""
         return len(self._pending)
+
+    @property
+    def pending(self) -> list[Chain]:
+        """Those chains."""
+        return list(self._pending)
+
+    def alive(self, chain: Chain) -> bool:
+        """Whether somebody waits for a chain; if not, its memory may be gone."""
+        return chain in self._pending
 
     def finish(self, chain: Chain, written: int) -> None:
         """Uses a chain whose handler answered None. Nothing, if its ring has stopped since."""
@@ -149,13 +171,10 @@ class PythonRing:
         self._pending.remove(chain)
         record = self.record
         use(record, chain.head, written)
-        if record["log_data"]:
-            left = written
-            for address, size in chain.logged:
-                mark(record["log_data"], record["log_bytes"], address, min(size, left))
-                left = max(left - size, 0)
+        log_chain(record, chain, written)
         self._row[blocks.C_PACKETS // 8] += 1
-        publish(record)
+        if record["located"]:
+            publish(record)
 
     def look(self) -> None:
         """Looks at it soon."""
@@ -180,6 +199,9 @@ class PythonRing:
 
     def _serve(self) -> None:
         record = self.record
+        if record["located"] and record["used_idx"] != record["published"]:
+            # It was used while the ring was nowhere.
+            publish(record)
         for _ in range(_A_TURN):
             if not record["running"]:
                 return
@@ -206,6 +228,7 @@ class PythonRing:
 
     def _handle(self, slot: int) -> None:
         chain = chain_in(slot, self.record)
+        begin(self.record, chain.head)
         take(self.record, 1)
         self._pending.add(chain)
         try:
@@ -234,7 +257,7 @@ class BufferRing(PythonRing):
     def put(self, data: bytes) -> bool:
         """Puts `data` into the driver's next buffer; False if there is none that it fits into."""
         record = self.record
-        if not record["running"] or collect(record, self._batch.ctypes.data, 0, 1, 0, 0) <= 0:
+        if not self._has_buffer():
             self._stopped_at_fault()
             return False
         chain = chain_in(self._batch.ctypes.data, record)
@@ -243,6 +266,17 @@ class BufferRing(PythonRing):
         written = chain.write(data)
         self.finish(chain, written)
         return written == len(data)
+
+    def _has_buffer(self) -> bool:
+        record = self.record
+        if not record["running"]:
+            return False
+        found = collect(record, self._batch.ctypes.data, 0, 1, 0, 0)
+        if found == 0:
+            # There was none: a kick says when there is.
+            want_kicks(record, True)
+            found = collect(record, self._batch.ctypes.data, 0, 1, 0, 0)
+        return found > 0
 
     def _serve(self) -> None:
         if self.on_buffers is not None:

@@ -283,7 +283,11 @@ class DeviceMemory(ABC):
             old = self._memory.use_table(table)
             for vring in self._running():
                 self._rings.locate(vring, again=True)
-        old.close()
+        self._retire(old)
+
+    def _retire(self, table: MemoryTable) -> None:
+        """Closes a memory table that no ring has any more. A device whose chains outlive a pause waits for them."""
+        table.close()
 
     @staticmethod
     def _check_fd(what: str, name: str, fd: int) -> None:
@@ -298,7 +302,7 @@ class DeviceMemory(ABC):
 
     def _forget_memory(self) -> None:
         """Everything as new; nothing runs any more."""
-        self._memory.close()
+        self._retire(self._memory.close())
         close_all([self._memory.log_fd])
         self._memory.log_fd = -1
         self._misses.forget()

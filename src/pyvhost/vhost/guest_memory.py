@@ -172,11 +172,10 @@ class GuestMemory:
                     f"{self.name}: a dirty log of {log.size} bytes has no bit for {last:#x}, in {mapping.region}",
                 )
 
-    def close(self) -> None:
-        """Gives up all of it."""
+    def close(self) -> MemoryTable:
+        """Gives up all of it; the table that there was, to be closed when nobody reads it."""
         if self.log is not None:
             self.log.close()
         self.log = None
         self.iotlb = None
-        self.table.close()
-        self.table = MemoryTable((), self.usable)
+        return self.use_table(MemoryTable((), self.usable))

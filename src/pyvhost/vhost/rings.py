@@ -22,7 +22,7 @@ from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane.dirty_log import log_used
-from pyvhost.dataplane.plain import load16, store16
+from pyvhost.dataplane.plain import load16, load64, store16, store64
 from pyvhost.host import eventfd
 from pyvhost.memory.regions import MemoryTable
 from pyvhost.vhost.errors import VhostError
@@ -45,6 +45,8 @@ class Rings:
         self._memory = device._memory
         #: Heads of a former life, kept as long as a record has their address: by vring.
         self._replays: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+        #: Used rings of vrings that wait, for what ends meanwhile: by vring.
+        self._aside: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
 
     def start(self, vring: Vring) -> None:
         """Puts a vring in its place. VhostError EINVAL: it has no size; EFAULT: it is not in memory; EBUSY."""
@@ -87,14 +89,15 @@ class Rings:
         if place is None:
             return
         with place.paused():
+            vring.place = None
             place.end(vring)
             place.on_wait = None
             place.record["running"] = 0
             if vring.begun:
                 vring.base = int(place.record["last_avail"])
-            vring.place = None
         vring.let_go()
         self._replays.pop(vring.index, None)
+        self._aside.pop(vring.index, None)
         self._device._misses.forget(vring.index)
         _log.debug("%s: vring %d rests, base %d", self._device.name, vring.index, vring.base)
         self._device.running_changed()
@@ -124,6 +127,7 @@ class Rings:
             return
         stitched, vring.stitched = vring.stitched, parts.stitched
         record["desc"], record["avail"], record["used"] = parts.desc, parts.avail, parts.used
+        self._bring_back(vring)
         for mapped in stitched:
             mapped.close()
         self._memory.point(vring, record, self._device.acked_features)
@@ -139,7 +143,10 @@ class Rings:
         if not record["located"] or not record["fault"]:
             record["fault"] = 0
             record["running"] = 1
-        record["located"] = 1
+        if not record["located"]:
+            record["located"] = 1
+            # What ended while it waited, or was made available, nobody has been told of.
+            vring.place.look()
 
     def locate_again(self, iova: int, size: int) -> None:
         """Finds the parts of the vrings that have any of a range anew. While all are paused."""
@@ -221,15 +228,30 @@ class Rings:
     def _running(self) -> list[Vring]:
         return [vring for vring in self._device.vrings if vring.place is not None]
 
-    @staticmethod
-    def _park(vring: Vring) -> None:
+    def _park(self, vring: Vring) -> None:
         assert vring.place is not None
         record = vring.place.record
+        if vring.index not in self._aside:
+            # A device that works out of order may still have chains to use. Where the ring was it may not write.
+            self._aside[vring.index] = np.zeros(vring.num + 1, np.int64)
+            record["used"] = self._aside[vring.index].ctypes.data
         record["located"] = record["running"] = 0
         record["fault"] = blocks.IOTLB_MISS
         if not record["waits_since"]:
             record["waits_since"] = time.monotonic_ns()
         record["fault_told"] = 1
+
+    def _bring_back(self, vring: Vring) -> None:
+        """Puts into the used ring, which is there again, what was used while it was not."""
+        assert vring.place is not None
+        record = vring.place.record
+        aside = self._aside.pop(vring.index, None)
+        if aside is None or not vring.begun:
+            return
+        published = int(record["published"])
+        for i in range(min((int(record["used_idx"]) - published) & 0xFFFF, vring.num)):
+            at = 4 + 8 * ((published + i) & (vring.num - 1))
+            store64(int(record["used"]) + at, load64(int(aside.ctypes.data) + at))
 
     def _begin(self, vring: Vring) -> None:
         """As the kernel does when a ring is bound: the used index is the guest's, its flags are ours."""

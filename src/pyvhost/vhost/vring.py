@@ -65,7 +65,7 @@ class Place(Protocol):
         """The record is filled: serve it. Called while paused."""
 
     def end(self, vring: Vring) -> None:
-        """Serve it no more. Called while paused."""
+        """Serve it no more: for good, if it has no place any more. Called while paused."""
 
     def look(self) -> None:
         """Look at it again, with no kick. Called while paused."""
