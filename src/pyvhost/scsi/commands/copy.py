@@ -9,6 +9,7 @@ Promises: a list with a mistake copies nothing. Never: more than a megabyte in m
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ MAX_DESCRIPTORS = MAX_TARGETS * 32 + MAX_SEGMENTS * 28
 MAX_SEGMENT_BLOCKS = 0xFFFF
 _CHUNK = 1 << 20
 _REMEMBERED = 16
+#: Seconds that a result is kept for somebody to ask: SPC-4 lets a copy manager forget when it likes.
+KEPT = 1.0
 
 _IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
 _TARGET_SIZE, _SEGMENT_SIZE = 32, 28
@@ -56,6 +59,8 @@ class Result:
     segments: int
     blocks: int
     sense: bytes = b""
+    #: When it was over, by the monotonic clock.
+    ended: float = 0.0
 
 
 @dataclass(slots=True)
@@ -77,7 +82,8 @@ async def extended_copy(request: Request) -> None:
     if length < 16:
         raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
     identifier = data[0]
-    keeps = data[1] >> 3 & 3 != 3  # LIST ID USAGE 11b: no list identifier
+    # LIST ID USAGE 00b: somebody will ask how it went; 10b and 11b: nobody will.
+    keeps = data[1] >> 3 & 3 == 0
     targets_length = int.from_bytes(data[2:4], "big")
     segments_length = int.from_bytes(data[8:12], "big")
     inline = int.from_bytes(data[12:16], "big")
@@ -110,6 +116,7 @@ async def extended_copy(request: Request) -> None:
 
 def _remember(request: Request, identifier: int, result: Result) -> None:
     kept = request.unit.copies
+    result.ended = time.monotonic()
     kept[request.task.nexus, identifier] = result
     while len(kept) > _REMEMBERED:
         del kept[next(iter(kept))]
@@ -213,15 +220,21 @@ def _check(request: Request, unit: LogicalUnit, lba: int, blocks: int, access: A
         raise CheckCondition(Sense(Key.DATA_PROTECT, Asc.WRITE_PROTECTED))
 
 
+def _recall(request: Request) -> Result:
+    result = request.unit.copies.get((request.task.nexus, request.cdb[2]))
+    if result is None or time.monotonic() > result.ended + KEPT:
+        raise invalid_cdb(2)
+    return result
+
+
 _RESULTS = "ff" + "00" * 7 + "ffffffff" + "00"
 
 
 @command("RECEIVE COPY RESULTS, COPY STATUS", 0x84, "00" + _RESULTS, action=0x00)
 async def copy_status(request: Request) -> None:
     """How a copy went, by its list identifier; it is told once."""
-    result = request.unit.copies.pop((request.task.nexus, request.cdb[2]), None)
-    if result is None:
-        raise invalid_cdb(2)
+    result = _recall(request)
+    del request.unit.copies[request.task.nexus, request.cdb[2]]
     data = bytearray(12)
     data[0:4] = (8).to_bytes(4, "big")
     data[4] = result.status
@@ -252,9 +265,7 @@ async def operating_parameters(request: Request) -> None:
 @command("RECEIVE COPY RESULTS, FAILED SEGMENT DETAILS", 0x84, "00" + _RESULTS, action=0x04)
 async def failed_segment_details(request: Request) -> None:
     """What a copy that failed had to say; nothing for one that didn't."""
-    result = request.unit.copies.get((request.task.nexus, request.cdb[2]))
-    if result is None:
-        raise invalid_cdb(2)
+    result = _recall(request)
     if not result.sense:
         request.reply(bytes(4), request.number(10, 4))
         return

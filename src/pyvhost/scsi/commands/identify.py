@@ -148,7 +148,7 @@ def _block_limits(unit: LogicalUnit) -> bytes:
         granularity = max(unit.store.unmap_granularity, unit.physical_block_size) // unit.block_size
         put(28, 4, granularity)
         put(32, 4, 0x80000000)  # UGAVALID, alignment 0
-    put(36, 8, provisioning.max_write_same(unit))
+    put(36, 8, provisioning.MAX_WRITE_SAME)
     atomic = compare.atomic_blocks(unit)
     if atomic:
         put(8, 4, 0x7FFFFFFF)  # MAXIMUM TRANSFER LENGTH may not be below that of atomic ones

@@ -20,18 +20,13 @@ if TYPE_CHECKING:
 #: MAXIMUM UNMAP LBA COUNT: no limit, and of block descriptors.
 MAX_UNMAP = 0xFFFFFFFF
 MAX_UNMAP_DESCRIPTORS = 256
-#: MAXIMUM WRITE SAME LENGTH, in bytes.
-MAX_WRITE_SAME_BYTES = 4 << 30
+#: MAXIMUM WRITE SAME LENGTH, in blocks: what WRITE SAME(10) can say, in whole pieces of 4096 bytes.
+MAX_WRITE_SAME = 0xFFF8
 #: What one operation of the store is given at once, in bytes: when unmapping, and when writing.
 _STEP = 1 << 30
 _FILL = 1 << 20
 #: Most extents that one GET LBA STATUS asks its store for.
 _MAX_DESCRIPTORS = 1024
-
-
-def max_write_same(unit: LogicalUnit) -> int:
-    """MAXIMUM WRITE SAME LENGTH, in blocks."""
-    return MAX_WRITE_SAME_BYTES // unit.block_size
 
 
 def unmaps(unit: LogicalUnit) -> bool:
@@ -123,7 +118,7 @@ async def write_same(request: Request) -> None:
         raise invalid_cdb(1, 3)
     lba, blocks = request.extent()
     request.check_extent(lba, blocks)
-    if not 0 < blocks <= max_write_same(unit):
+    if not 0 < blocks <= MAX_WRITE_SAME:
         raise invalid_cdb(10 if request.command.length == 16 else 7)  # WSNZ is 1
     pattern = bytes(unit.block_size) if no_data else bytes(load(request.want_exactly(unit.block_size)))
     hold = await unit.hold(lba, blocks, alone=False)
