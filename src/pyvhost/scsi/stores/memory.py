@@ -24,6 +24,8 @@ class MemoryStore(DescriptorStore):
         self.block_size = block_size
         self.read_only = read_only
         self._size = size
+        # A loss of power would take all of it, not half a write.
+        self.atomic_max = 1 << 20
 
     def open(self, poller: Poller) -> None:
         """Make the memory file."""
