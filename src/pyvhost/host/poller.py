@@ -161,6 +161,8 @@ class Poller:
 
         Whoever is called so must not wait for the callback that is waiting. Whether `until()` came true.
         """
+        if self._wake < 0:
+            return until()  # closed: nothing comes any more
         end = time.monotonic() + seconds
         inner = [fd for fd, watch in self._watches.items() if watch.inner]
         while not until():

@@ -64,7 +64,7 @@ class ControlQueue:
         function = int.from_bytes(raw[4:8], chain.byteorder)
         tag = int.from_bytes(raw[16:24], chain.byteorder)
         address = parse_lun(raw[8:16])
-        target = self._device.target(address.target) if address is not None else None
+        target = self._device.target_of(address) if address is not None else None
         if address is None or target is None:
             return chain.write(bytes([abi.S_BAD_TARGET]))
         # A driver that aborts a request has made it available before: it is to be found.

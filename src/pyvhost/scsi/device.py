@@ -32,7 +32,7 @@ from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
 from pyvhost.scsi.nexus import Nexus, world_wide_name
 from pyvhost.scsi.plane import DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
-from pyvhost.scsi.requests import Address, Request
+from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, Request
 from pyvhost.scsi.sense import Asc
 from pyvhost.scsi.stores import spec
 from pyvhost.scsi.stores.base import Store
@@ -320,7 +320,7 @@ class ScsiDevice(Device):
             queue.finish(chain, 0)
             return
         address = requests.parse_lun(request.lun)
-        target = self._targets.get(address.target) if address is not None else None
+        target = self.target_of(address) if address is not None else None
         if address is None or target is None:
             queue.finish(chain, request.respond(abi.S_BAD_TARGET))
             return
@@ -520,9 +520,12 @@ class ScsiDevice(Device):
         """The guest, as an initiator."""
         return self._nexus
 
-    def target(self, number: int) -> Target | None:
-        """The target of that number."""
-        return self._targets.get(number)
+    def target_of(self, address: Address) -> Target | None:
+        """The target that is addressed; the well known unit is the first one's if there is none of its own."""
+        found = self._targets.get(address.target)
+        if found is None and address == Address(0, REPORT_LUNS_WLUN) and self._targets:
+            return self._targets[min(self._targets)]
+        return found
 
     def entry(self, address: Address) -> int:
         """A unit's entry in the loop's table; 0: there is none."""

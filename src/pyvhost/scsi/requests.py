@@ -35,8 +35,14 @@ class Address:
         return bytes([1, self.target]) + number.to_bytes(2, "big") + bytes(4)
 
 
+#: virtio 1.2, 5.6.6.1: as the well known logical unit is addressed, of no target in particular.
+_WELL_KNOWN: Final = REPORT_LUNS_WLUN.to_bytes(2, "big") + bytes(6)
+
+
 def parse_lun(raw: bytes) -> Address | None:
     """The first field of each request: 1, target, number in peripheral or flat form, four zeros; None: it is none."""
+    if raw == _WELL_KNOWN:
+        return Address(0, REPORT_LUNS_WLUN)
     if raw[0] != 1 or any(raw[4:8]):
         return None
     number = int.from_bytes(raw[2:4], "big")
