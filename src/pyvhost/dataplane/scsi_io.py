@@ -125,8 +125,8 @@ def find_unit(units: int, mask: int, lun: int) -> int:
     if high & 0x80 or (high & 0x40 == 0 and high != 0):
         return 0
     key = UNIT_VALID | (lun >> 8 & 0xFF) << 16 | (high & 0x3F) << 8 | lun >> 24 & 0xFF
-    # Fibonacci hashing: neighbours come to lie apart.
-    at = (key * 0x9E3779B1 >> 8) & mask
+    # Fibonacci hashing: neighbours come to lie apart. A product that overflows is nothing in compiled code.
+    at = ((key & 0xFFFFFF) * 0x9E3779B1 >> 8) & mask
     for _ in range(UNIT_PROBES):
         unit = units + at * UNIT_BYTES
         found = load64(unit + UNIT_KEY)

@@ -58,7 +58,7 @@ class UnitTable:
         return 0
 
     def _places(self, key: int) -> list[int]:
-        first = key * 0x9E3779B1 >> 8
+        first = (key & 0xFFFFFF) * 0x9E3779B1 >> 8
         return [(first + i) & self.mask for i in range(layout.UNIT_PROBES)]
 
     def _free(self, key: int) -> int:
