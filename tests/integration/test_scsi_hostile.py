@@ -223,11 +223,11 @@ def test_a_store_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
     kept, held = Kept(), OnASocket()
     with scene(tmp_path, kept, held, "memory:1M") as found:
         waiting = [
-            found.driver.submit(0, lun, cdb.read10(n, 1), data_in_length=BLOCK) for lun in (0, 1) for n in range(8)
+            found.driver.submit(0, lun, cdb.read10(0, 1), data_in_length=BLOCK) for lun in (0, 1) for _ in range(8)
         ]
         for _ in range(20):
             goes_on(found, 2)
-        assert not any(one.done for one in waiting)
+        assert not [one.response for one in waiting if one.done]
         held.answer(bytes(8 * BLOCK))
         found.ask(kept.let_go)
         found.driver.wait_all(waiting)
