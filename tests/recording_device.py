@@ -143,6 +143,8 @@ class RecordingDevice:
     def set_vring_err(self, index: int, fd: int, /) -> None:
         self._take("set_vring_err", index, fd)
 
+    def give_up_vring(self, index: int, /) -> None: ...
+
     def set_vring_running(self, index: int, running: bool, /) -> None:
         self._record("set_vring_running", index, running)
         assert self.running.get(index, False) != running, "told what it was told already"

@@ -195,6 +195,8 @@ def test_only_the_one_that_is_meant_is_aborted(tmp_path: Path) -> None:
     with scene(tmp_path, store) as found:
         first, second = read_of(found), read_of(found)
         asked = found.driver.submit_tmf(abi.T_TMF_ABORT_TASK, 0, 0, second.tag)
+        # The next function is only looked at when this one has been.
+        assert found.driver.query_task(second) == abi.S_FUNCTION_SUCCEEDED
         # Which of the two takes the first half is the host's choice.
         store.answer(b"1" * 16 * BLOCK)
         found.driver.wait_all([first, asked, second])
@@ -316,6 +318,29 @@ def test_a_stop_gives_up_and_the_rest_is_done_again(
         assert task.response is not None and task.response.response == abi.S_OK
         if isinstance(store, OnASocket):
             assert task.response.data == b"g" * 8 * BLOCK
+
+
+@pytest.mark.parametrize("kind", [OnASocket, Kept])
+def test_a_stop_that_waits_for_nothing(tmp_path: Path, kind: type[OnASocket] | type[Kept]) -> None:
+    """GET_VRING_BASE_SKIP_DRAIN: what is under way is in the inflight memory, for whoever goes on."""
+    store = kind()
+    with scene(tmp_path, store, "memory:1M", inflight=True) as found:
+        driver = found.driver
+        task = read_of(found)
+        used = driver.requests[0].ring.used_idx
+        base = found.front.get_vring_base_skip_drain(REQUEST)
+        assert base == used + 1 and not task.done
+        table = found.front.inflight
+        assert table is not None and len(table.heads(REQUEST)) == 1
+        driver.stop()
+        driver.resume()
+        assert driver.query_task(task) == abi.S_FUNCTION_SUCCEEDED
+        if isinstance(store, OnASocket):
+            store.answer(b"s" * 2 * 8 * BLOCK)
+        else:
+            found.ask(store.let_go)
+        driver.wait_all([task])
+        assert task.response is not None and task.response.good
 
 
 def mapped(memory: GuestMemory) -> int:

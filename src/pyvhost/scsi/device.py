@@ -14,6 +14,7 @@ import ctypes
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ class ScsiDevice(Device):
         self._control: ControlQueue | None = None
         #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
         self._endings = Endings()
+        #: When a stop has last given up, by time.monotonic().
+        self._gave_up = -PATIENCE
         self._queue_rows: dict[int, Int64s] = {}
         #: Queues that nobody waits for, and which have something in flight.
         self._left: list[RequestQueue] = []
@@ -271,6 +274,14 @@ class ScsiDevice(Device):
         with self._settled(index):
             super().set_vring_running(index, False)
 
+    def give_up_vring(self, index: int) -> None:
+        """Nobody waits for what a vring has in flight."""
+        if REQUEST <= index < len(self.vrings) and self.vrings[index].place is not None:
+            queue = self._queues[index - REQUEST]
+            queue.hold_back(True)
+            if queue.in_flight:
+                queue.orphan()
+
     def reset(self) -> None:
         """The initiator is gone: its tasks are aborted, what the host has under way ends unseen."""
         for queue in self._queues:
@@ -357,7 +368,8 @@ class ScsiDevice(Device):
         queue = self._queues[index - REQUEST]
         queue.hold_back(True)
         try:
-            if not self.poller.run_inner(lambda: queue.in_flight == 0, PATIENCE):
+            if not queue.dead and not self.poller.run_inner(lambda: queue.in_flight == 0, self._patience()):
+                self._gave_up = time.monotonic()
                 _log.error(
                     "%s: vring %d: %d requests do not end: given up", self.name, index, queue.in_flight
                 )
@@ -366,6 +378,10 @@ class ScsiDevice(Device):
         finally:
             if not queue.dead:
                 queue.hold_back(False)
+
+    def _patience(self) -> float:
+        """How long a stop waits: when one has just waited in vain, the next need not try as long."""
+        return PATIENCE / 50 if time.monotonic() - self._gave_up < PATIENCE else PATIENCE
 
     def _leave(self, queue: RequestQueue) -> None:
         self._left.append(queue)

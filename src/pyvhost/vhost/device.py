@@ -236,6 +236,12 @@ class Device(DeviceMemory):
             vring.wanted = False
             self._rings.stop(vring)
 
+    def give_up_vring(self, index: int) -> None:
+        """Nobody waits for what a vring has in flight: it is about to be stopped, and inflight memory has the rest.
+
+        By itself nothing: only a device whose chains outlive a pause has anything in flight.
+        """
+
     def set_vring_endian(self, index: int, num: int) -> None:
         """VHOST_SET_VRING_ENDIAN: a legacy guest's byte order. EBUSY: it runs; EINVAL: neither of the two."""
         vring = self._vring(index)

@@ -334,8 +334,11 @@ class BackendSession:
 
     # --- rings -----------------------------------------------------------------------------------------
 
+    def _get_vring_base_skip_drain(self, message: Message) -> Payload:
+        self.device.give_up_vring(self._ring(state_of(message).index).index)
+        return self._get_vring_base(message)
+
     def _get_vring_base(self, message: Message) -> Payload:
-        """Also GET_VRING_BASE_SKIP_DRAIN: a vring that rests has nothing in flight that it would have to wait for."""
         ring = self._ring(state_of(message).index)
         self._set_state(ring, started=False)
         return VringState(ring.index, self.device.get_vring_base(ring.index))
@@ -412,7 +415,7 @@ _HANDLERS: dict[int, Callable[[BackendSession, Message], Payload | None]] = {
     Request.SET_LOG_BASE: _S._set_log_base,
     Request.IOTLB_MSG: _S._iotlb_msg,
     Request.GET_VRING_BASE: _S._get_vring_base,
-    Request.GET_VRING_BASE_SKIP_DRAIN: _S._get_vring_base,
+    Request.GET_VRING_BASE_SKIP_DRAIN: _S._get_vring_base_skip_drain,
     Request.SET_VRING_KICK: _S._set_vring_kick,
     Request.GET_PROTOCOL_FEATURES: _S._get_protocol_features,
     Request.SET_PROTOCOL_FEATURES: _S._set_protocol_features,

@@ -232,7 +232,7 @@ def test_ports_that_were_active_are_forgotten_with_the_rest(worker: Worker) -> N
 
 
 def test_workers_are_made_in_turn_and_shared_by_key() -> None:
-    workers = Workers(net_loop, "kind", row, 2)
+    workers = Workers(lambda name: Worker(net_loop, name, row(name)), "kind", 2)
     first, second = workers.take(), workers.take()
     assert (first.name, second.name) == ("kind-worker0", "kind-worker1")
     assert workers.take() is first
@@ -245,7 +245,7 @@ def test_workers_are_made_in_turn_and_shared_by_key() -> None:
 
 
 def test_there_are_as_many_workers_as_processors_but_not_very_many() -> None:
-    assert Workers(net_loop, "kind", row).count == min(len(os.sched_getaffinity(0)), 8)
+    assert Workers(lambda name: Worker(net_loop, name, row(name)), "kind").count == min(len(os.sched_getaffinity(0)), 8)
 
 
 # What a port is set to
