@@ -225,7 +225,11 @@ def test_events(tmp_path: Path) -> None:
         driver = found.driver
         found.add(3, 300, "memory:1M")
         (event,) = driver.wait_events()
-        assert (event.event, event.reason, event.missed) == (abi.T_TRANSPORT_RESET, abi.EVT_RESET_RESCAN, False)
+        assert (event.event, event.reason, event.missed) == (
+            abi.T_TRANSPORT_RESET,
+            abi.EVT_RESET_RESCAN,
+            False,
+        )
         assert event.lun == bytes([1, 3, 0x41, 0x2C, 0, 0, 0, 0])
         found.ask(lambda: found.device.resize_lun(3, 300, 2 * MIB))
         (event,) = driver.wait_events()

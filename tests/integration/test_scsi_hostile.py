@@ -79,7 +79,9 @@ def test_control_requests_that_are_none(tmp_path: Path, readable: list[bytes], w
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_request_at_all_is_answered(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_request_at_all_is_answered(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     found = _shared(tmp_path_factory)
     for _ in range(8):
         one = data.draw(
@@ -223,7 +225,9 @@ def test_a_store_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
     kept, held = Kept(), OnASocket()
     with scene(tmp_path, kept, held, "memory:1M") as found:
         waiting = [
-            found.driver.submit(0, lun, cdb.read10(0, 1), data_in_length=BLOCK) for lun in (0, 1) for _ in range(8)
+            found.driver.submit(0, lun, cdb.read10(0, 1), data_in_length=BLOCK)
+            for lun in (0, 1)
+            for _ in range(8)
         ]
         for _ in range(20):
             goes_on(found, 2)

@@ -228,7 +228,16 @@ def test_what_the_kernel_is_asked_for(tmp_path: Path, image: Path, memory: Guest
             if through:
                 without_cache(driver)
             tracer = subprocess.Popen(
-                [strace, "-f", "-e", "trace=pwritev2,pwritev,fdatasync,fsync", "-o", str(told), "-p", str(serving.pid)],
+                [
+                    strace,
+                    "-f",
+                    "-e",
+                    "trace=pwritev2,pwritev,fdatasync,fsync",
+                    "-o",
+                    str(told),
+                    "-p",
+                    str(serving.pid),
+                ],
                 stderr=subprocess.PIPE,
                 text=True,
             )

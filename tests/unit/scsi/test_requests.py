@@ -79,7 +79,12 @@ def test_any_layout_is_one_request(cuts: list[int], data_out: bytes, data_in: in
 
 @pytest.mark.parametrize(
     ("readable", "room"),
-    [(HEADER_BYTES - 1, RESPONSE_BYTES), (HEADER_BYTES, RESPONSE_BYTES - 1), (0, RESPONSE_BYTES), (HEADER_BYTES, 0)],
+    [
+        (HEADER_BYTES - 1, RESPONSE_BYTES),
+        (HEADER_BYTES, RESPONSE_BYTES - 1),
+        (0, RESPONSE_BYTES),
+        (HEADER_BYTES, 0),
+    ],
 )
 def test_too_short_is_none(readable: int, room: int) -> None:
     assert Request.parse(chain(bytes(readable), room, [20, 30])) is None

@@ -30,7 +30,9 @@ def flat(address: Address) -> bytes:
 @TWINS
 def test_every_unit_is_found_in_each_form(code: SimpleNamespace) -> None:
     table = UnitTable()
-    addresses = [Address(target, lun) for target in (0, 1, 7, 255) for lun in (0, 1, 2, 255, 256, 300, 0x3FFF)]
+    addresses = [
+        Address(target, lun) for target in (0, 1, 7, 255) for lun in (0, 1, 2, 255, 256, 300, 0x3FFF)
+    ]
     entries = {address: table.add(address, ROW) for address in addresses}
     assert len(set(entries.values())) == len(addresses)
     for address, entry in entries.items():
@@ -71,7 +73,13 @@ def test_an_entry_is_not_given_away_while_the_host_has_something_of_it() -> None
 
 
 def test_addresses_that_are_none() -> None:
-    for raw in ("0000000000000000", "0100800000000000", "0100c10100000001", "0101010000000000", "0201000000000000"):
+    for raw in (
+        "0000000000000000",
+        "0100800000000000",
+        "0100c10100000001",
+        "0101010000000000",
+        "0201000000000000",
+    ):
         assert parse_lun(bytes.fromhex(raw)) is None
     assert parse_lun(bytes.fromhex("c101000000000000")) == Address(0, REPORT_LUNS_WLUN)
     assert parse_lun(bytes.fromhex("0105c10100000000")) == Address(5, REPORT_LUNS_WLUN)

@@ -245,7 +245,9 @@ def test_workers_are_made_in_turn_and_shared_by_key() -> None:
 
 
 def test_there_are_as_many_workers_as_processors_but_not_very_many() -> None:
-    assert Workers(lambda name: Worker(net_loop, name, row(name)), "kind").count == min(len(os.sched_getaffinity(0)), 8)
+    assert Workers(lambda name: Worker(net_loop, name, row(name)), "kind").count == min(
+        len(os.sched_getaffinity(0)), 8
+    )
 
 
 # What a port is set to
