@@ -12,10 +12,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from pyvhost.driver.vhost_user import PROTOCOL_FEATURES, VhostUserFrontend
-from pyvhost.net.device import NetDevice
 from pyvhost.vhost_user.server import Server
 
 T = TypeVar("T")
@@ -30,7 +29,7 @@ class BackEnd:
     def __init__(
         self,
         directory: Path | None,
-        *devices: NetDevice,
+        *devices: Any,
         dial: Path | None = None,
         handed_over: socket.socket | None = None,
     ) -> None:
@@ -64,7 +63,7 @@ class BackEnd:
             self._failure = error
 
     @property
-    def device(self) -> NetDevice:
+    def device(self) -> Any:
         """The first device."""
         return self.devices[0]
 

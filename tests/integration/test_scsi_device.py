@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from back_end import PATIENCE
-from disk_scene import BLOCK, MIB, Kept, OnASocket, Scene, meet, scene
+from disk_scene import BLOCK, Kept, OnASocket, Scene, meet, scene
 from pyvhost.abi import virtio_scsi as abi
 from pyvhost.driver import cdb
 from pyvhost.driver.dirty_log import LOG_PAGE, DirtyLog
 from pyvhost.driver.iommu import Iommu
-from pyvhost.driver.memory import GuestMemory
+from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import REQUEST, ScsiDriver
 from pyvhost.driver.scsi_command import REPORT_LUNS, UNTOUCHED, Layout, Pending, address
 from pyvhost.scsi import device as device_module
-from pyvhost.scsi.requests import HEADER_BYTES, RESPONSE_BYTES
+from pyvhost.scsi.requests import RESPONSE_BYTES
 
 SPECS = {"by the loop": "memory:1M", "by Python": "memory:1M,delay=0"}
 EITHER = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -44,9 +44,9 @@ def test_any_layout(tmp_path: Path, spec: str) -> None:
             layout = Layout(apart, piece, header_piece, indirect)
             lba = random.Random(str(layout)).randrange(1000)
             wrote = driver.command(0, 0, cdb.write10(lba, 8), data, layout=layout)
-            assert wrote.good and wrote.residual == 0 and wrote.written == RESPONSE_BYTES, layout
+            assert (wrote.good, wrote.residual, wrote.written) == (True, 0, RESPONSE_BYTES), layout
             read = driver.command(0, 0, cdb.read10(lba, 8), data_in_length=len(data), layout=layout)
-            assert read.good and read.data == data, layout
+            assert (read.good, read.data) == (True, data), layout
             assert read.written == RESPONSE_BYTES + len(data)
 
 
@@ -67,7 +67,8 @@ def test_every_form_of_read_and_write(tmp_path: Path, spec: str, queue: int) -> 
             data = random.Random(write).randbytes(blocks * BLOCK)
             assert found.driver.command(0, 0, write, data, queue=queue).good
             got = found.driver.command(0, 0, read, data_in_length=len(data), queue=1 - queue)
-            assert got.good and got.data == data
+            assert got.good
+            assert got.data == data
 
 
 @EITHER
@@ -78,7 +79,8 @@ def test_buffers_that_are_too_long_or_too_short(tmp_path: Path, spec: str) -> No
         assert driver.command(0, 0, cdb.write10(0, 4), data).good
         long = driver.command(0, 0, cdb.read10(0, 4), data_in_length=6 * BLOCK)
         assert (long.response, long.status, long.residual) == (abi.S_OK, 0, 2 * BLOCK)
-        assert long.data == data and long.written == RESPONSE_BYTES + len(data)
+        assert long.data == data
+        assert long.written == RESPONSE_BYTES + len(data)
         short = driver.command(0, 0, cdb.read10(0, 4), data_in_length=2 * BLOCK)
         assert short.response == abi.S_OVERRUN
         over = driver.command(0, 0, cdb.write10(8, 2), data)
@@ -161,14 +163,16 @@ def test_functions_that_stop_tasks(
         asked = driver.submit_tmf(function, 0, 0, task.tag)
         assert driver.query_task(task) == abi.S_FUNCTION_SUCCEEDED
         assert driver.command(0, 1, cdb.test_unit_ready()).response == abi.S_OK
-        assert not asked.done and not task.done
+        assert not asked.done
+        assert not task.done
         if isinstance(store, OnASocket):
             store.answer(bytes(8 * BLOCK))
         else:
             found.ask(store.let_go)
         driver.wait_all([asked, task])
         assert driver.tmf_response(asked) == abi.S_OK
-        assert task.response is not None and task.response.response == response
+        assert task.response is not None
+        assert task.response.response == response
         assert task.written == RESPONSE_BYTES
         assert driver.query_task(task) == abi.S_OK
         if isinstance(store, Kept):
@@ -200,8 +204,10 @@ def test_only_the_one_that_is_meant_is_aborted(tmp_path: Path) -> None:
         # Which of the two takes the first half is the host's choice.
         store.answer(b"1" * 16 * BLOCK)
         found.driver.wait_all([first, asked, second])
-        assert first.response is not None and first.response.data == b"1" * 8 * BLOCK
-        assert second.response is not None and second.response.response == abi.S_ABORTED
+        assert first.response is not None
+        assert first.response.data == b"1" * 8 * BLOCK
+        assert second.response is not None
+        assert second.response.response == abi.S_ABORTED
 
 
 def test_functions_stay_when_the_kick_is_replaced(tmp_path: Path) -> None:
@@ -289,7 +295,8 @@ def test_a_stop_waits_for_what_is_under_way(tmp_path: Path, kind: type[OnASocket
         stopping.join(PATIENCE)
         assert bases[0][REQUEST] == found.driver.requests[0].ring.used_idx
         found.driver.wait_all([task])
-        assert task.response is not None and task.response.good
+        assert task.response is not None
+        assert task.response.good
         found.driver.resume(bases=bases[0])
         if isinstance(store, Kept):
             store.keeps = False
@@ -319,7 +326,8 @@ def test_a_stop_gives_up_and_the_rest_is_done_again(
         else:
             found.ask(store.let_go)
         driver.wait_all([task])
-        assert task.response is not None and task.response.response == abi.S_OK
+        assert task.response is not None
+        assert task.response.response == abi.S_OK
         if isinstance(store, OnASocket):
             assert task.response.data == b"g" * 8 * BLOCK
 
@@ -333,9 +341,11 @@ def test_a_stop_that_waits_for_nothing(tmp_path: Path, kind: type[OnASocket] | t
         task = read_of(found)
         used = driver.requests[0].ring.used_idx
         base = found.front.get_vring_base_skip_drain(REQUEST)
-        assert base == used + 1 and not task.done
+        assert base == used + 1
+        assert not task.done
         table = found.front.inflight
-        assert table is not None and len(table.heads(REQUEST)) == 1
+        assert table is not None
+        assert len(table.heads(REQUEST)) == 1
         driver.stop()
         driver.resume()
         assert driver.query_task(task) == abi.S_FUNCTION_SUCCEEDED
@@ -344,7 +354,8 @@ def test_a_stop_that_waits_for_nothing(tmp_path: Path, kind: type[OnASocket] | t
         else:
             found.ask(store.let_go)
         driver.wait_all([task])
-        assert task.response is not None and task.response.good
+        assert task.response is not None
+        assert task.response.good
 
 
 def mapped(memory: GuestMemory) -> int:
@@ -373,7 +384,8 @@ def test_memory_stays_while_it_is_used(tmp_path: Path, kind: type[OnASocket] | t
         else:
             found.ask(store.let_go)
         driver.wait_all([task])
-        assert task.response is not None and task.response.good
+        assert task.response is not None
+        assert task.response.good
         if isinstance(store, OnASocket):
             assert task.response.data == b"y" * 8 * BLOCK
         found.ask(lambda: None)
@@ -381,21 +393,24 @@ def test_memory_stays_while_it_is_used(tmp_path: Path, kind: type[OnASocket] | t
 
         read_of(found)
         found.front.close()
-        with found.back_end.connect() as front, GuestMemory(8 * MIB) as memory:
-            with ScsiDriver(front, memory, timeout=PATIENCE) as another:
-                another.start()
-                meet(another, 0, 1)
-                assert another.command(0, 1, cdb.read10(0, 1), data_in_length=BLOCK).good
-                assert mapped(found.memory) == with_one
-                if isinstance(store, OnASocket):
-                    store.answer(b"z" * 8 * BLOCK)
-                else:
-                    found.ask(store.let_go)
-                    store.keeps = False
-                meet(another, 0, 0)
-                assert another.command(0, 0, cdb.write10(0, 1), bytes(BLOCK)).good
-                found.ask(lambda: None)
-                assert mapped(found.memory) == with_one - 1
+        with (
+            found.back_end.connect() as front,
+            GuestMemory(8 * MIB) as memory,
+            ScsiDriver(front, memory, timeout=PATIENCE) as another,
+        ):
+            another.start()
+            meet(another, 0, 1)
+            assert another.command(0, 1, cdb.read10(0, 1), data_in_length=BLOCK).good
+            assert mapped(found.memory) == with_one
+            if isinstance(store, OnASocket):
+                store.answer(b"z" * 8 * BLOCK)
+            else:
+                found.ask(store.let_go)
+                store.keeps = False
+            meet(another, 0, 0)
+            assert another.command(0, 0, cdb.write10(0, 1), bytes(BLOCK)).good
+            found.ask(lambda: None)
+            assert mapped(found.memory) == with_one - 1
 
 
 @EITHER
@@ -448,7 +463,8 @@ def test_a_ring_that_is_nowhere_when_a_task_ends(tmp_path: Path, kind: type[OnAS
                 found.ask(store.let_go)
             found.ask(lambda: None)
             driver.wait_all([task])
-            assert task.response is not None and task.response.good
+            assert task.response is not None
+            assert task.response.good
 
 
 def test_several_queues_and_units_at_once(tmp_path: Path) -> None:
@@ -469,6 +485,3 @@ def test_several_queues_and_units_at_once(tmp_path: Path) -> None:
             assert [one.response.data for one in reads if one.response] == [
                 bytes([n, turn]) * 2048 for n in range(64)
             ]
-
-
-assert HEADER_BYTES == 51

@@ -159,7 +159,7 @@ class ScsiDevice(Device):
         return self._units[Address(target, lun)].unit
 
     def add_lun(self, target: int, lun: int, store: Store | str, *, serial: str | None = None) -> None:
-        """A disk more, of which the guest hears. ValueError: no such place, or it is taken; OSError: no such store."""
+        """A disk more, which the guest is told of. ValueError: no such place, or it is taken; OSError: no store."""
         assert self.poller is not None
         if not 0 <= target <= MAX_TARGET or not 0 <= lun <= MAX_LUN:
             raise ValueError(f"LUN {target}:{lun}: targets go from 0 to {MAX_TARGET}, LUNs to {MAX_LUN}")
@@ -207,7 +207,7 @@ class ScsiDevice(Device):
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
 
     def resize_lun(self, target: int, lun: int, size: int | None = None) -> None:
-        """Looks for a disk's new size now, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
+        """Looks for a disk's new size, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
         known = self._units.get(Address(target, lun))
         if known is None:
             raise ValueError(f"there is no LUN {target}:{lun}")

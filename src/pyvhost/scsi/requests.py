@@ -30,7 +30,7 @@ class Address:
     lun: int
 
     def encode(self) -> bytes:
-        """The eight bytes, in the form that REPORT LUNS has too: Linux takes two forms of one number for two units."""
+        """The eight bytes, in REPORT LUNS' form: Linux takes two forms of one number for two units."""
         number = self.lun if self.lun < 0x100 or self.lun == REPORT_LUNS_WLUN else self.lun | 0x4000
         return bytes([1, self.target]) + number.to_bytes(2, "big") + bytes(4)
 

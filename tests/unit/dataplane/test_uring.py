@@ -46,7 +46,7 @@ class Disks:
 
     def reap(self, code: Any, count: int) -> dict[int, int]:
         """What so many operations came to, by mark."""
-        ended = {}
+        ended: dict[int, int] = {}
         while len(ended) < count:
             at = code.next_completion(self.address)
             if at == 0:

@@ -129,7 +129,8 @@ def test_unknown_attributes_are_simple() -> None:
     for number in (4, 5, 255):
         head[16] = number
         request = Request.parse(chain(bytes(head), RESPONSE_BYTES))
-        assert request is not None and request.task_attribute is Attribute.SIMPLE
+        assert request is not None
+        assert request.task_attribute is Attribute.SIMPLE
 
 
 @given(st.lists(st.integers(0, 9), max_size=9), st.integers(0, 100))
