@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,8 @@ def test_memory_that_is_taken_away_under_a_request(tmp_path: Path) -> None:
         for region in found.memory.regions:
             os.ftruncate(region.fd, 0)
         os.eventfd_write(found.driver.requests[0].kick_fd, 1)
+        assert select.select([found.front.fileno()], [], [], PATIENCE)[0], "it was not sent away"
+        found.front.close()
         with (
             found.back_end.connect() as front,
             GuestMemory(8 * MIB) as memory,

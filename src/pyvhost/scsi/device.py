@@ -29,9 +29,10 @@ from pyvhost.memory.regions import MemoryTable
 from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
 from pyvhost.scsi.endings import Endings
+from pyvhost.scsi.events import EventQueue
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
 from pyvhost.scsi.nexus import Nexus, world_wide_name
-from pyvhost.scsi.plane import DiskWorker, Plane
+from pyvhost.scsi.plane import Chosen, DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
 from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, Request
 from pyvhost.scsi.sense import Asc
@@ -45,7 +46,7 @@ from pyvhost.scsi.target import Target
 from pyvhost.scsi.task import Task
 from pyvhost.scsi.unit import LogicalUnit
 from pyvhost.scsi.units import UnitTable
-from pyvhost.vhost.chains import BufferRing, Chain
+from pyvhost.vhost.chains import Chain
 from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.vring import Place
@@ -62,9 +63,6 @@ REQUEST: Final = 2
 PATIENCE: Final = 10.0
 #: And the end of the device.
 CLOSE_WAITS: Final = 2.0
-
-#: Says whether an operation of the loop is meant, by its unit's entry and its tag as the driver wrote it.
-Chosen = Callable[[int, int], bool]
 
 
 class Served(NamedTuple):
@@ -115,8 +113,7 @@ class ScsiDevice(Device):
         self._worker: DiskWorker | None = None
         self._nexus = Nexus(self.name)
         self._rows: list[Int64s] = []
-        self._events: BufferRing | None = None
-        self._missed = False
+        self._events: EventQueue | None = None
         self._control: ControlQueue | None = None
         #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
         self._endings = Endings()
@@ -137,8 +134,7 @@ class ScsiDevice(Device):
             self._worker = plane.workers.take()
             control, event = (self._row(queue) for queue in ("ctrl", "event"))
             self._control = ControlQueue(self, f"{self.name}: control queue", poller, control)
-            self._events = BufferRing(f"{self.name}: event queue", poller, event)
-            self._events.on_buffers = self._tell_missed
+            self._events = EventQueue(f"{self.name}: event queue", poller, event)
             for index in range(self.request_queues):
                 self._queues.append(self._make_queue(index))
             for lun in self._first:
@@ -235,7 +231,7 @@ class ScsiDevice(Device):
         if index == CONTROL:
             return self._control.ring
         if index == EVENT:
-            return self._events
+            return self._events.ring
         queue = self._queues[index - REQUEST]
         if queue.dead:
             self._leave(queue)
@@ -300,7 +296,8 @@ class ScsiDevice(Device):
             target.attach(self._nexus)
         for known in self._units.values():
             self._fast_changed(known)
-        self._missed = False
+        if self._events is not None:
+            self._events.missed = False
 
     def close(self) -> None:
         """Gives up rings, units and stores; what a store has under way has a moment to end."""
@@ -394,7 +391,8 @@ class ScsiDevice(Device):
             names.update(queue.pending)
         if self._control is not None:
             names.update(self._control.asked)
-        names.update(self._watch(lambda unit, tag: True))
+        if self._worker is not None:
+            names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
         self._endings.wait(names, table.close)
 
     # --- the compiled loop --------------------------------------------------------------------------------
@@ -446,36 +444,17 @@ class ScsiDevice(Device):
 
     def abort_loop(self, chosen: Chosen, code: int, done: Callable[[], object]) -> None:
         """Aborts the loop's operations of which `chosen(unit's entry, tag)`; `done` when they have ended."""
-        self._endings.wait(self._watch(chosen, code), done)
+        assert self._worker is not None
+        self._endings.wait(self._worker.watch_operations(self._ports(), chosen, code), done)
 
     def in_loop(self, chosen: Chosen) -> bool:
         """Whether the loop has an operation of which `chosen(unit's entry, tag)`."""
-        with self.paused():
-            return any(True for _ in self._operations(chosen, self._queues))
-
-    def _operations(self, chosen: Chosen, queues: Iterable[RequestQueue]) -> Iterator[int]:
-        """The addresses of operations that are under way. While the loop is out."""
         assert self._worker is not None
-        own = {queue.port for queue in queues}
-        for number in range(layout.OPS):
-            op = self._worker.ops + number * layout.OP_BYTES
-            if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in own:
-                tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
-                if chosen(load64(op + layout.OP_UNIT), tag):
-                    yield op
+        with self._worker.paused():
+            return any(self._worker.operations({queue.port for queue in self._queues}, chosen))
 
-    def _watch(self, chosen: Chosen, code: int = 0) -> list[int]:
-        """Has the loop tell when operations end, given up ones as well; with `code`, it answers them so."""
-        if self._worker is None:
-            return []
-        watched = []
-        with self.paused():
-            for op in self._operations(chosen, (*self._queues, *self._left)):
-                store64(op + layout.OP_WATCHED, 1)
-                if code and not load64(op + layout.OP_ABORT):
-                    store64(op + layout.OP_ABORT, code)
-                watched.append(load64(op + layout.OP_SERIAL))
-        return watched
+    def _ports(self) -> set[int]:
+        return {queue.port for queue in (*self._queues, *self._left)}
 
     def loop_ended(self, serial: int) -> None:
         """A watched operation has ended."""
@@ -509,25 +488,9 @@ class ScsiDevice(Device):
         self._tell(abi.T_PARAM_CHANGE, known.address, code >> 8 | (code & 0xFF) << 8)
 
     def _tell(self, event: int, address: Address, reason: int) -> None:
-        """Puts an event into the driver's next buffer, or remembers that one was missed (5.6.6.3)."""
         wanted = abi.F_CHANGE if event == abi.T_PARAM_CHANGE else abi.F_HOTPLUG
-        if self._events is None or not self.acked_features >> wanted & 1:
-            return
-        if not self._put_event(event, address.encode(), reason):
-            self._missed = True
-
-    def _tell_missed(self) -> None:
-        if self._missed:
-            self._put_event(abi.T_NO_EVENT, bytes(8), 0)
-
-    def _put_event(self, event: int, lun: bytes, reason: int) -> bool:
-        assert self._events is not None
-        word = event | (abi.T_EVENTS_MISSED if self._missed else 0)
-        order = self._events.byteorder
-        if self._events.put(word.to_bytes(4, order) + lun + reason.to_bytes(4, order)):
-            self._missed = False
-            return True
-        return False
+        if self._events is not None and self.acked_features >> wanted & 1:
+            self._events.tell(event, address.encode(), reason)
 
     # --- within -------------------------------------------------------------------------------------------
 

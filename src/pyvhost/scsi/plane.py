@@ -11,7 +11,7 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: Told of an entry from the loop: what it says (`scsi_blocks.TODO_*`), head, and a third number.
 Owner = Callable[[int, int, int], None]
+#: Says whether an operation of the loop is meant, by its unit's entry and its tag as the driver wrote it.
+Chosen = Callable[[int, int], bool]
 
 
 class DiskWorker(Worker):
@@ -142,6 +144,26 @@ class DiskWorker(Worker):
             # Pairs with the loop's acquire load of the number.
             store64_release(self.disks + layout.DISKS_DONE_PUT, put + 1)
         os.eventfd_write(self._wake, 1)
+
+    def operations(self, ports: Container[int], chosen: Chosen) -> Iterator[int]:
+        """The addresses of the operations under way for some queues. While paused."""
+        for number in range(layout.OPS):
+            op = self.ops + number * layout.OP_BYTES
+            if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in ports:
+                tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
+                if chosen(load64(op + layout.OP_UNIT), tag):
+                    yield op
+
+    def watch_operations(self, ports: Container[int], chosen: Chosen, code: int = 0) -> list[int]:
+        """Has the loop tell when operations end; with `code`, it answers them so. Their serial numbers."""
+        watched = []
+        with self.paused():
+            for op in self.operations(ports, chosen):
+                store64(op + layout.OP_WATCHED, 1)
+                if code and not load64(op + layout.OP_ABORT):
+                    store64(op + layout.OP_ABORT, code)
+                watched.append(load64(op + layout.OP_SERIAL))
+        return watched
 
     def close(self) -> None:
         """Ends the thread."""

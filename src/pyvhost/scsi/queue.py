@@ -104,6 +104,9 @@ class RequestQueue(WorkerPlace):
         with self.worker.paused():
             if self.record["running"]:
                 sweep(self.worker._records[0], self.worker.rings, self.worker.ports, self.port)
+                if self.record["fault"] and not self.record["running"] and not self.record["fault_told"]:
+                    # The loop is out, and will not tell.
+                    self.worker._tell_of_ring(self.ring)
         self.disk_worker.serve()
 
     @property
