@@ -69,7 +69,7 @@ class Misses:
         with self._lock:
             self._waiting = deque(m for m in self._waiting if index is not None and m.index != index)
             self._taken = [m for m in self._taken if index is not None and m.index != index]
-            if not self._waiting:
+            if not self._waiting and self.fd >= 0:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self.fd)
 
