@@ -128,7 +128,7 @@ ENDS = {
     "an unaligned available ring": message(9, struct.pack("=II4Q", 0, 0, 0x1000, 0x2000, 0x3001, 0)),
     "an unaligned used ring": message(9, struct.pack("=II4Q", 0, 0, 0x1000, 0x2002, 0x3000, 0)),
     "unknown address flags": message(9, struct.pack("=II4Q", 0, 6, 0x1000, 0x2000, 0x3000, 0)),
-    "a request that was not offered": message(31, bytes(24)),
+    "a request that was not offered": message(28),
     "a region to remove that is not there": message(38, struct.pack("=5Q", 0, 0, PAGE, 0, 0)),
     "the base of a ring that is not there": state(11, 200, 0),
 }

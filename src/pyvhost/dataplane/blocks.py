@@ -109,6 +109,10 @@ RING: Final = int64s(
     "notify",
     # Since when it waits for the IOTLB: nanoseconds.
     "waits_since",
+    # Whether its memory is this process's own, lent by pointer (while it is in its place), and whether any of that
+    # was found missing: it does not run again then before it is put in its place anew.
+    "own",
+    "lost",
     # Whose it is, whether its parts are in memory, and whether it runs.
     "located",
     "running",

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import select
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
@@ -48,20 +49,24 @@ class _Modes:
 
     def __init__(self) -> None:
         self._held: dict[int, bool] = {}
+        # Devices are used by threads of their own; a collector may close one in the middle of another's call.
+        self._lock = threading.RLock()
 
     def take(self, fd: int) -> None:
         """A descriptor is bound: it doesn't block from now on."""
-        self._held[fd] = os.get_blocking(fd) or any(self._held[other] for other in self._of_same_file(fd))
-        os.set_blocking(fd, False)
+        with self._lock:
+            self._held[fd] = os.get_blocking(fd) or any(self._held[other] for other in self._of_same_file(fd))
+            os.set_blocking(fd, False)
 
     def give_back(self, fd: int) -> None:
         """It is bound no more."""
-        was_blocking = self._held.pop(fd)
-        if was_blocking and not self._of_same_file(fd):
-            os.set_blocking(fd, True)
+        with self._lock:
+            was_blocking = self._held.pop(fd)
+            if was_blocking and not self._of_same_file(fd):
+                os.set_blocking(fd, True)
 
     def _of_same_file(self, fd: int) -> list[int]:
-        return [other for other in self._held if net_fd.same(fd, other)]
+        return [other for other in list(self._held) if net_fd.same(fd, other)]
 
 
 modes: Final = _Modes()

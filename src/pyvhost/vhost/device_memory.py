@@ -75,7 +75,9 @@ class DeviceMemory(ABC):
 
     @property
     def lost_memory(self) -> bool:
-        """Whether the front end made a memory file smaller than what it shared of it."""
+        """Whether the front end made a memory file smaller than what it shared of it, or unmapped what it lent."""
+        if any(vring.place.record["lost"] for vring in self.vrings if vring.place is not None):
+            return True
         return self._memory.lost or (self._inflight is not None and self._inflight.lost)
 
     def set_mem_table(self, regions: Sequence[MemoryRegion]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
+from pyvhost.dataplane import guard
 from pyvhost.host import maps, user_memory
 from pyvhost.memory.dirty_log import DirtyLog
 from pyvhost.memory.regions import MemoryRegion
@@ -298,6 +299,7 @@ class KernelDevice(Device):
 
     def bind(self, index: int, *, look: bool) -> None:
         """Serves a ring that is prepared; `look`: at once, and not at its next kick."""
+        guard.install(lent=True)
         self._bound.add(index)
         self._look_again()
         self.set_vring_running(index, True)

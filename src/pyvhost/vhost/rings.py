@@ -14,6 +14,8 @@ import errno
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,7 +25,7 @@ from pyvhost.abi import virtio
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.plain import load16, load64, store16, store64
-from pyvhost.host import eventfd
+from pyvhost.host import eventfd, user_memory
 from pyvhost.memory.regions import MemoryTable
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.guest_memory import WaitsError
@@ -66,7 +68,7 @@ class Rings:
             vring.place = place
             vring.begun = False
             record["num"] = vring.num
-            record["running"] = record["located"] = record["waits_since"] = 0
+            record["running"] = record["located"] = record["lost"] = record["waits_since"] = 0
             record["call_fd"], record["err_fd"] = vring.call, vring.err
             record["fault"] = record["fault_told"] = record["replay_left"] = record["inflight"] = 0
             try:
@@ -74,6 +76,7 @@ class Rings:
                 self.locate(vring)
                 place.on_wait = lambda: self.waits(vring)
                 place.begin(vring)
+                record["own"] = self._memory.usable is not None
             except BaseException:
                 record["running"] = 0
                 vring.place = None
@@ -92,7 +95,7 @@ class Rings:
             vring.place = None
             place.end(vring)
             place.on_wait = None
-            place.record["running"] = 0
+            place.record["running"] = place.record["own"] = 0
             if vring.begun:
                 vring.base = int(place.record["last_avail"])
         vring.let_go()
@@ -109,6 +112,8 @@ class Rings:
         """
         assert vring.place is not None
         record = vring.place.record
+        if record["lost"]:
+            return
         asked = again and not record["located"]
         try:
             parts = self._memory.parts(vring, event_idx=bool(record["event_idx"]))
@@ -257,7 +262,7 @@ class Rings:
         """As the kernel does when a ring is bound: the used index is the guest's, its flags are ours."""
         assert vring.place is not None
         record = vring.place.record
-        raw = load16(int(record["used"]) + 2)
+        raw = self._load16(int(record["used"]) + 2)
         used = int.from_bytes(raw.to_bytes(2, "little"), "big") if record["swap"] else raw
         record["used_idx"] = record["published"] = record["signalled"] = used
         record["signalled_valid"] = 0
@@ -276,8 +281,29 @@ class Rings:
                 record["replay"] = heads.ctypes.data
                 record["replay_left"] = len(heads) - 1
         record["last_avail"] = record["seen_avail"] = vring.base
-        store16(int(record["used"]), 0)
+        self._store16(int(record["used"]), 0)
         if record["log_used"]:
             log_used(record, 0, 2)
         record["notify"] = 1
         vring.begun = True
+
+    def _load16(self, address: int) -> int:
+        if self._memory.usable is None:
+            return load16(address)
+        # Its owner may unmap it while this thread looks at it: the kernel is asked to.
+        with self._named():
+            return int.from_bytes(user_memory.read(address, 2), sys.byteorder)
+
+    def _store16(self, address: int, value: int) -> None:
+        if self._memory.usable is None:
+            store16(address, value)
+            return
+        with self._named():
+            user_memory.write(address, value.to_bytes(2, sys.byteorder))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise VhostError(errno.EFAULT, f"{self._device.name}: used ring: {error.strerror}") from None

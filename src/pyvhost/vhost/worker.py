@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pyvhost.dataplane import blocks
-from pyvhost.vhost import faults
+from pyvhost.dataplane import blocks, guard
+from pyvhost.vhost import faults, lent
 
 if TYPE_CHECKING:
     from pyvhost.vhost.vring import Vring
@@ -87,6 +87,8 @@ class Worker:
             "events": np.zeros(blocks.EVENTS * 2, np.int64),
             "active": np.zeros(blocks.MAX_PORTS, np.int64),
         }
+        #: Pages of lent memory that the loop found missing: how many, then which (`guard.take_seat`).
+        self._missing = np.zeros(1 + guard.LOST_PAGES, np.int64)
         record = self._records[0]
         for field, memory in self._memory.items():
             record[field] = memory.ctypes.data
@@ -112,6 +114,7 @@ class Worker:
         self._inside = False
         self._closing = False
         self._thread: threading.Thread | None = None
+        lent.know(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -238,6 +241,15 @@ class Worker:
             self._thread.start()
 
     def _run(self) -> None:
+        seat = guard.take_seat(
+            self.rings.ctypes.data, self._memory["control"].ctypes.data, self._missing.ctypes.data
+        )
+        try:
+            self._serve(seat)
+        finally:
+            guard.leave_seat(seat)
+
+    def _serve(self, seat: int) -> None:
         while True:
             with self._state:
                 while self._pauses and not self._closing:
@@ -246,13 +258,29 @@ class Worker:
                     return
                 self._inside = True
             try:
-                self._tell(self._loop(self._records, self.rings, self.ports))
+                guard.enter(seat)
+                try:
+                    reason = self._loop(self._records, self.rings, self.ports)
+                finally:
+                    guard.leave(seat)
+                if self._missing[0]:
+                    self._tell_of_pages()
+                self._tell(reason)
             except Exception:
                 _log.exception("%s: what the loop came back for", self.name)
             finally:
                 with self._state:
                     self._inside = False
+                    if not self._pauses:
+                        # It was the guard that had the loop stop.
+                        self._memory["control"][blocks.CONTROL_STOP] = 0
                     self._state.notify_all()
+
+    def _tell_of_pages(self) -> None:
+        pages = [int(page) for page in self._missing[1 : 1 + self._missing[0]]]
+        self._missing[0] = 0
+        lent.stop(self, pages)
+        lent.tell_others(self, pages)
 
     def _tell(self, reason: int) -> None:
         record = self._records[0]

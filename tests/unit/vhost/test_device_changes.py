@@ -345,3 +345,9 @@ def test_python_logs_what_it_writes(translated: bool) -> None:
             front.stop_ring(0)
             # 4000 bytes from 4000 on: two pages of five, and the used ring's.
             assert log.pages() == {room // 4096, room // 4096 + 1, used // 4096}
+
+
+def test_a_device_may_be_closed_twice() -> None:
+    device = NetDevice("null")
+    device.close()
+    device.close()

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import pytest
 
 import pyvhost
+from in_process import open_fds
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.vhost.handle import FIOCLEX, FIONBIO, FIONCLEX, Handle
@@ -118,7 +119,7 @@ def test_eventfds_stay_the_callers_as_they_were(vhost: Handle) -> None:
 
 
 def test_close_gives_back_every_descriptor() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     handle = pyvhost.open("/dev/vhost-net")
     handle.ioctl(abi.SET_OWNER)
     fd = os.eventfd(0)
@@ -129,7 +130,7 @@ def test_close_gives_back_every_descriptor() -> None:
     os.close(fd)
     handle.close()
     handle.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_after_close_it_is_no_descriptor() -> None:

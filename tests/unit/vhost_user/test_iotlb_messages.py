@@ -111,6 +111,13 @@ def test_updates_and_invalidations_reach_the_device_and_are_always_answered(
     assert device.called("iotlb_invalidate") == [(0x1000, 0x2000)]
 
 
+def test_an_invalidation_of_nothing_at_0_is_one_of_everything(talk: Talk, device: RecordingDevice) -> None:
+    """What a flush of a whole IOMMU domain comes to, 2**64 bytes, has no other way to be said."""
+    for iova in (0, 0x1000):
+        assert talk.say(Request.IOTLB_MSG, Iotlb(iova, 0, 0, 0, vhost.IOTLB_INVALIDATE)) == U64(0)
+    assert device.called("iotlb_invalidate") == [(0, 1 << 64), (0x1000, 0)]
+
+
 def test_the_bytes_are_those_of_struct_vhost_iotlb_msg(talk: Talk, device: RecordingDevice) -> None:
     data = (
         "16000000" "09000000" "20000000"

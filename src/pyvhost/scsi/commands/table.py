@@ -25,8 +25,8 @@ Handler = Callable[[Request], Coroutine[Operation[Any], Any, None]]
 CONTROL = "04"
 
 
-#: TEST UNIT READY, REQUEST SENSE, INQUIRY. Who doesn't know yet that this isn't SCSI-2 puts the LUN into the upper bits
-#: of byte 1, as Linux does with the first INQUIRY to a target.
+#: TEST UNIT READY, REQUEST SENSE, INQUIRY. Who doesn't know yet that this isn't SCSI-2 puts the LUN into the upper
+#: bits of byte 1, as Linux does with the first INQUIRY to a target.
 _BEFORE_INQUIRY = frozenset((0x00, 0x03, 0x12))
 
 
