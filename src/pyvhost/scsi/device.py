@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,22 +25,17 @@ from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.plain import load64, store64
 from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryTable
-from pyvhost.scsi import requests
+from pyvhost.scsi import disks, requests
 from pyvhost.scsi.control import ControlQueue
 from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.events import EventQueue
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
-from pyvhost.scsi.nexus import Nexus, world_wide_name
+from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import Chosen, DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
 from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, Request
 from pyvhost.scsi.sense import Asc
-from pyvhost.scsi.stores import spec
 from pyvhost.scsi.stores.base import Store
-from pyvhost.scsi.stores.descriptor import DescriptorStore
-from pyvhost.scsi.stores.file import FileStore
-from pyvhost.scsi.stores.memory import MemoryStore
-from pyvhost.scsi.stores.wrappers import innermost
 from pyvhost.scsi.target import Target
 from pyvhost.scsi.task import Task
 from pyvhost.scsi.unit import LogicalUnit
@@ -162,39 +156,32 @@ class ScsiDevice(Device):
         address = Address(target, lun)
         if address in self._units:
             raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
-        store = spec.parse(store) if isinstance(store, str) else store
-        unit = LogicalUnit(store, serial=serial or store.serial or self._serial(store, address))
+        unit = disks.make_unit(store, self.name, address, serial)
         unit.open(self.poller)
         there = self._targets.get(target)
         if there is None:
             there = self._targets[target] = Target(f"{self.name} {target}")
             there.attach(self._nexus)
-        row = self._row(f"{target}:{lun}", store.spec)
-        entry = self._table.add(address, row)
-        known = self._units[address] = _Unit(address, unit, entry, row, [])
-        unit.drain = lambda done: self._drain(known, done)
-        unit.on_fast_changed = lambda _unit: self._fast_changed(known)
-        unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
+        known = self._adopt(address, unit)
         there.add(lun, unit)
         self._fast_changed(known)
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
 
-    def _serial(self, store: Store, address: Address) -> str:
-        """A serial number for a disk that was given none: a file's own wherever it is, a memory's of its place."""
-        kept = innermost(store)
-        if isinstance(kept, MemoryStore):
-            text = f"{self.name} {address.target}:{address.lun}"
-        else:
-            text = os.path.abspath(kept.path) if isinstance(kept, FileStore) else kept.spec
-        return f"{world_wide_name(text):016x}"
+    def _adopt(self, address: Address, unit: LogicalUnit) -> _Unit:
+        """Has the loop and the counters know a unit that is open."""
+        row = self._row(f"{address.target}:{address.lun}", unit.store.spec)
+        known = self._units[address] = _Unit(address, unit, self._table.add(address, row), row, [])
+        unit.drain = lambda done: self._drain(known, done)
+        unit.on_fast_changed = lambda _unit: self._fast_changed(known)
+        unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
+        return known
 
     def remove_lun(self, target: int, lun: int) -> None:
         """A disk less, of which the guest hears. ValueError: there is none."""
         address = Address(target, lun)
-        known = self._units.pop(address, None)
-        if known is None:
+        if address not in self._units:
             raise ValueError(f"there is no LUN {target}:{lun}")
-        self._table.remove(address)
+        known = self._give_up(address)
 
         def gone() -> None:
             self._release(known.row)
@@ -202,20 +189,20 @@ class ScsiDevice(Device):
         self._targets[target].remove(lun, gone)
         self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
 
+    def _give_up(self, address: Address) -> _Unit:
+        """Has the loop begin nothing more of a unit; its row is kept."""
+        known = self._units.pop(address)
+        # Its entry may be another's soon.
+        known.unit.on_fast_changed = known.unit.on_event = None
+        self._table.remove(address)
+        return known
+
     def resize_lun(self, target: int, lun: int, size: int | None = None) -> None:
         """Looks for a disk's new size, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
         known = self._units.get(Address(target, lun))
         if known is None:
             raise ValueError(f"there is no LUN {target}:{lun}")
-        store = innermost(known.unit.store)
-        if size is None and isinstance(store, DescriptorStore):
-            store.check_size()
-        elif size is not None and isinstance(store, MemoryStore):
-            store.resize(size)
-        else:
-            raise VhostError(
-                errno.EOPNOTSUPP, f"{self.name}: LUN {target}:{lun}: {store.spec} is resized where it lies"
-            )
+        disks.resize(known.unit.store, size, f"{self.name}: LUN {target}:{lun}")
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
