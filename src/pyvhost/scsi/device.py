@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as abi
@@ -27,6 +27,7 @@ from pyvhost.host.poller import Poller
 from pyvhost.memory.regions import MemoryTable
 from pyvhost.scsi import disks, requests
 from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.disks import Served
 from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.events import EventQueue
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
@@ -57,14 +58,6 @@ REQUEST: Final = 2
 PATIENCE: Final = 10.0
 #: And the end of the device.
 CLOSE_WAITS: Final = 2.0
-
-
-class Served(NamedTuple):
-    """A logical unit that is served: where it is, and what keeps it."""
-
-    target: int
-    lun: int
-    store: Store
 
 
 @dataclass
@@ -125,7 +118,7 @@ class ScsiDevice(Device):
         plane = Plane.get()
         plane.prepare()
         try:
-            self._worker = plane.workers.take()
+            self._worker = self._take_worker()
             control, event = (self._row(queue) for queue in ("ctrl", "event"))
             self._control = ControlQueue(self, f"{self.name}: control queue", poller, control)
             self._events = EventQueue(f"{self.name}: event queue", poller, event)
@@ -309,7 +302,7 @@ class ScsiDevice(Device):
     # --- requests -----------------------------------------------------------------------------------------
 
     def _request(self, queue: RequestQueue, chain: Chain) -> None:
-        request = Request.parse(chain)
+        request = Request.parse(chain, protected=bool(self.acked_features >> abi.F_T10_PI & 1))
         if request is None:
             # The loop has seen that it was long enough; the guest has changed it since.
             queue.finish(chain, 0)
@@ -497,6 +490,10 @@ class ScsiDevice(Device):
         """A unit's entry in the loop's table; 0: there is none."""
         known = self._units.get(address)
         return known.entry if known is not None else 0
+
+    def _take_worker(self) -> DiskWorker:
+        """A worker whose loop serves this device; it tells the poller that the device is attached to."""
+        return Plane.get().workers.take()
 
     def _make_queue(self, index: int) -> RequestQueue:
         assert self.poller is not None

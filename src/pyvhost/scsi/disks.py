@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import NamedTuple
 
 from pyvhost.scsi.nexus import world_wide_name
 from pyvhost.scsi.requests import Address
@@ -19,6 +20,14 @@ from pyvhost.scsi.stores.memory import MemoryStore
 from pyvhost.scsi.stores.wrappers import innermost
 from pyvhost.scsi.unit import LogicalUnit
 from pyvhost.vhost.errors import VhostError
+
+
+class Served(NamedTuple):
+    """A logical unit that is served: where it is, and what keeps it."""
+
+    target: int
+    lun: int
+    store: Store
 
 
 def make_unit(store: Store | str, owner: str, address: Address, serial: str | None = None) -> LogicalUnit:

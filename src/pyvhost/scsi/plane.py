@@ -183,9 +183,12 @@ class Plane:
 
     def __init__(self, workers: int | None = None) -> None:
         self.counters = counters.of_process()
-        self.workers: Workers[DiskWorker] = Workers(
-            lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), "scsi", workers
-        )
+        self.workers = self._make_workers("scsi", workers)
+        #: Of devices that are opened in process: a worker tells one control thread, and theirs is the process's own.
+        self.in_process = self._make_workers("scsi-opened", workers)
+
+    def _make_workers(self, kind: str, count: int | None) -> Workers[DiskWorker]:
+        return Workers(lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), kind, count)
 
     @classmethod
     def get(cls) -> Plane:

@@ -88,6 +88,17 @@ class RequestQueue(WorkerPlace):
         worker.own(ring, self._told, poller)
 
     @property
+    def header(self) -> int:
+        """Bytes that a request begins with, before the driver's data."""
+        return int(self.worker.ports[self.port]["header"])
+
+    @header.setter
+    def header(self, size: int) -> None:
+        if size != self.header:
+            with self.worker.paused():
+                self.worker.ports[self.port]["header"] = size
+
+    @property
     def in_flight(self) -> int:
         """Chains that were taken and are not used."""
         return int(self.worker.ports[self.port]["in_flight"])
