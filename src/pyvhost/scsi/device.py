@@ -16,33 +16,24 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as abi
-from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.plain import load64, store64
 from pyvhost.host.poller import Poller
-from pyvhost.memory.regions import MemoryTable
-from pyvhost.scsi import disks, requests
+from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
-from pyvhost.scsi.disks import Served
+from pyvhost.scsi.device_units import DeviceUnits
 from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.events import EventQueue
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
 from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import Chosen, DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
-from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, Request
-from pyvhost.scsi.sense import Asc
-from pyvhost.scsi.stores.base import Store
-from pyvhost.scsi.target import Target
+from pyvhost.scsi.requests import Request
 from pyvhost.scsi.task import Task
-from pyvhost.scsi.unit import LogicalUnit
-from pyvhost.scsi.units import UnitTable
 from pyvhost.vhost.chains import Chain
-from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
+from pyvhost.vhost.device import TRANSPORT_FEATURES
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.vring import Place
 from pyvhost.vhost.worker import Int64s
@@ -60,16 +51,7 @@ PATIENCE: Final = 10.0
 CLOSE_WAITS: Final = 2.0
 
 
-@dataclass
-class _Unit:
-    address: Address
-    unit: LogicalUnit
-    entry: int
-    row: Int64s
-    drained: list[Callable[[], object]]
-
-
-class ScsiDevice(Device):
+class ScsiDevice(DeviceUnits):
     """Disks for a guest.
 
     `luns`: what there is at first, `[TARGET:LUN=]SPEC` each; without a place they get the first free unit of target
@@ -93,14 +75,7 @@ class ScsiDevice(Device):
         super().__init__(name or "scsi", REQUEST + request_queues, busyloop_timeout=busyloop_timeout)
         self.request_queues = request_queues
         self._first = place(luns)
-        self._targets: dict[int, Target] = {}
-        self._units: dict[Address, _Unit] = {}
-        self._table = UnitTable()
         self._queues: list[RequestQueue] = []
-        self._worker: DiskWorker | None = None
-        self._nexus = Nexus(self.name)
-        self._rows: list[Int64s] = []
-        self._events: EventQueue | None = None
         self._control: ControlQueue | None = None
         #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
         self._endings = Endings()
@@ -109,8 +84,6 @@ class ScsiDevice(Device):
         self._queue_rows: dict[int, Int64s] = {}
         #: Queues that nobody waits for, and which have something in flight.
         self._left: list[RequestQueue] = []
-        #: Units, gone ones as well, for which somebody waits until the loop has nothing of them.
-        self._draining: list[_Unit] = []
 
     def attach(self, poller: Poller) -> None:
         """Opens the stores and takes its place in the process's workers."""
@@ -129,73 +102,6 @@ class ScsiDevice(Device):
         except BaseException:
             self.close()
             raise
-
-    # --- logical units, by whoever serves the device ------------------------------------------------------
-
-    @property
-    def luns(self) -> list[Served]:
-        """What there is."""
-        return [Served(at.target, at.lun, known.unit.store) for at, known in self._units.items()]
-
-    def unit(self, target: int, lun: int) -> LogicalUnit:
-        """A unit. KeyError: there is none."""
-        return self._units[Address(target, lun)].unit
-
-    def add_lun(self, target: int, lun: int, store: Store | str, *, serial: str | None = None) -> None:
-        """A disk more, which the guest is told of. ValueError: no such place, or it is taken; OSError: no store."""
-        assert self.poller is not None
-        if not 0 <= target <= MAX_TARGET or not 0 <= lun <= MAX_LUN:
-            raise ValueError(f"LUN {target}:{lun}: targets go from 0 to {MAX_TARGET}, LUNs to {MAX_LUN}")
-        address = Address(target, lun)
-        if address in self._units:
-            raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
-        unit = disks.make_unit(store, self.name, address, serial)
-        unit.open(self.poller)
-        there = self._targets.get(target)
-        if there is None:
-            there = self._targets[target] = Target(f"{self.name} {target}")
-            there.attach(self._nexus)
-        known = self._adopt(address, unit)
-        there.add(lun, unit)
-        self._fast_changed(known)
-        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
-
-    def _adopt(self, address: Address, unit: LogicalUnit) -> _Unit:
-        """Has the loop and the counters know a unit that is open."""
-        row = self._row(f"{address.target}:{address.lun}", unit.store.spec)
-        known = self._units[address] = _Unit(address, unit, self._table.add(address, row), row, [])
-        unit.drain = lambda done: self._drain(known, done)
-        unit.on_fast_changed = lambda _unit: self._fast_changed(known)
-        unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
-        return known
-
-    def remove_lun(self, target: int, lun: int) -> None:
-        """A disk less, of which the guest hears. ValueError: there is none."""
-        address = Address(target, lun)
-        if address not in self._units:
-            raise ValueError(f"there is no LUN {target}:{lun}")
-        known = self._give_up(address)
-
-        def gone() -> None:
-            self._release(known.row)
-
-        self._targets[target].remove(lun, gone)
-        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
-
-    def _give_up(self, address: Address) -> _Unit:
-        """Has the loop begin nothing more of a unit; its row is kept."""
-        known = self._units.pop(address)
-        # Its entry may be another's soon.
-        known.unit.on_fast_changed = known.unit.on_event = None
-        self._table.remove(address)
-        return known
-
-    def resize_lun(self, target: int, lun: int, size: int | None = None) -> None:
-        """Looks for a disk's new size, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
-        known = self._units.get(Address(target, lun))
-        if known is None:
-            raise ValueError(f"there is no LUN {target}:{lun}")
-        disks.resize(known.unit.store, size, f"{self.name}: LUN {target}:{lun}")
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
@@ -364,8 +270,7 @@ class ScsiDevice(Device):
         self._left.append(queue)
         queue.leave(lambda: self._left.remove(queue))
 
-    def _retire(self, table: MemoryTable) -> None:
-        """A memory table waits for what was begun in it: the host may write there, and so may tasks."""
+    def _after_what_is_under_way(self, done: Callable[[], object]) -> None:
         names: set[Hashable] = set()
         for queue in (*self._queues, *self._left):
             names.update(queue.pending)
@@ -373,44 +278,9 @@ class ScsiDevice(Device):
             names.update(self._control.asked)
         if self._worker is not None:
             names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
-        self._endings.wait(names, table.close)
+        self._endings.wait(names, done)
 
     # --- the compiled loop --------------------------------------------------------------------------------
-
-    def _fast_changed(self, known: _Unit) -> None:
-        unit, entry = known.unit, known.entry
-        store64(entry + layout.UNIT_FAST, 0)
-        fast = int(unit.fast(self._nexus)) if unit.store.fd >= 0 and self._has_uring else 0
-        if not fast:
-            return
-        needs = {
-            layout.UNIT_FD: unit.store.fd,
-            layout.UNIT_SHIFT: unit.block_size.bit_length() - 1,
-            layout.UNIT_BLOCKS: unit.blocks,
-            layout.UNIT_DSYNC: int(unit.write_through),
-        }
-        if any(load64(entry + word) != value for word, value in needs.items()):
-            # Nobody is in the middle of a command, with some of the words of before.
-            assert self._worker is not None
-            with self._worker.paused():
-                for word, value in needs.items():
-                    store64(entry + word, value)
-        store64(entry + layout.UNIT_FAST, fast)
-
-    @property
-    def _has_uring(self) -> bool:
-        return self._worker is not None and self._worker.has_uring
-
-    def _drain(self, known: _Unit, done: Callable[[], object]) -> None:
-        assert self._worker is not None
-        with self._worker.paused():
-            if load64(known.entry + layout.UNIT_IN_FLIGHT):
-                store64(known.entry + layout.UNIT_WATCHED, 1)
-                known.drained.append(done)
-                if known not in self._draining:
-                    self._draining.append(known)
-                return
-        done()
 
     def paused(self) -> AbstractContextManager[None]:
         """The loop that serves this device is out while this is held."""
@@ -440,17 +310,6 @@ class ScsiDevice(Device):
         """A watched operation has ended."""
         self._endings.ended(serial)
 
-    def loop_drained(self) -> None:
-        """The last operation of a watched unit has ended."""
-        draining, self._draining = self._draining, []
-        for known in draining:
-            if load64(known.entry + layout.UNIT_IN_FLIGHT):
-                self._draining.append(known)
-                continue
-            waiting, known.drained = known.drained, []
-            for done in waiting:
-                done()
-
     def chain_ended(self, chain: Chain) -> None:
         """Nobody uses a chain's memory any more."""
         self._endings.ended(chain)
@@ -460,36 +319,7 @@ class ScsiDevice(Device):
         if queue in self._queues:
             self.iotlb_miss(REQUEST + self._queues.index(queue), iova, perm)
 
-    # --- events -------------------------------------------------------------------------------------------
-
-    def _unit_changed(self, known: _Unit, asc: Asc) -> None:
-        self._fast_changed(known)
-        code = int(asc)
-        self._tell(abi.T_PARAM_CHANGE, known.address, code >> 8 | (code & 0xFF) << 8)
-
-    def _tell(self, event: int, address: Address, reason: int) -> None:
-        wanted = abi.F_CHANGE if event == abi.T_PARAM_CHANGE else abi.F_HOTPLUG
-        if self._events is not None and self.acked_features >> wanted & 1:
-            self._events.tell(event, address.encode(), reason)
-
     # --- within -------------------------------------------------------------------------------------------
-
-    @property
-    def nexus(self) -> Nexus:
-        """The guest, as an initiator."""
-        return self._nexus
-
-    def target_of(self, address: Address) -> Target | None:
-        """The target that is addressed; the well known unit is the first one's if there is none of its own."""
-        found = self._targets.get(address.target)
-        if found is None and address == Address(0, REPORT_LUNS_WLUN) and self._targets:
-            return self._targets[min(self._targets)]
-        return found
-
-    def entry(self, address: Address) -> int:
-        """A unit's entry in the loop's table; 0: there is none."""
-        known = self._units.get(address)
-        return known.entry if known is not None else 0
 
     def _take_worker(self) -> DiskWorker:
         """A worker whose loop serves this device; it tells the poller that the device is attached to."""
@@ -503,12 +333,3 @@ class ScsiDevice(Device):
             self._queue_rows[index] = self._row(f"req{index}")
         row = self._queue_rows[index]
         return RequestQueue(self._worker, name, row, self.poller, self._request, self, self._table)
-
-    def _row(self, queue: str, backend: str = "-") -> Int64s:
-        row = Plane.get().row(self.name, "scsi", queue, backend)
-        self._rows.append(row)
-        return row
-
-    def _release(self, row: Int64s) -> None:
-        self._rows = [other for other in self._rows if other is not row]
-        Plane.get().counters.release(row)

@@ -20,7 +20,8 @@ from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.plain import store64
 from pyvhost.host.control_thread import ControlThread
 from pyvhost.scsi import endpoints
-from pyvhost.scsi.device import MAX_REQUEST_QUEUES, ScsiDevice, _Unit
+from pyvhost.scsi.device import MAX_REQUEST_QUEUES, ScsiDevice
+from pyvhost.scsi.device_units import Unit
 from pyvhost.scsi.endpoints import Endpoint
 from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import DiskWorker, Plane
@@ -184,7 +185,7 @@ class VhostScsi(ScsiDevice, KernelDevice):
     def _take_worker(self) -> DiskWorker:
         return Plane.get().in_process.take()
 
-    def _fast_changed(self, known: _Unit) -> None:
+    def _fast_changed(self, known: Unit) -> None:
         if self.protected:
             # The loop does not know where the CDB is then.
             store64(known.entry + layout.UNIT_FAST, 0)
