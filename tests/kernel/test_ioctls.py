@@ -59,6 +59,7 @@ def test_any_order_is_answered_as_by_the_kernel() -> None:
 
 def test_which_devices_are_compared() -> None:
     """A device that can be opened has its cases run: who adds one adds it above."""
+    assert callable(pyvhost.open), "which registers them"
     assert registered() == ["/dev/vhost-net", "/dev/vhost-scsi"]
     assert {f"/dev/{case['device']}" for case in CASES} == set(registered())
 
