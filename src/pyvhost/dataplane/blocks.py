@@ -299,6 +299,9 @@ COUNTERS: Final = (
     "read_bytes",
     "written_bytes",
     *(f"latency_{i}" for i in range(LATENCIES)),
+    # All latencies together; what a logical unit did that was neither a read nor a write.
+    "latency_ns",
+    "others",
 )
 C_PACKETS: Final = 0
 C_BYTES: Final = 8
@@ -317,6 +320,8 @@ C_WRITES: Final = 104
 C_READ_BYTES: Final = 112
 C_WRITTEN_BYTES: Final = 120
 C_LATENCY: Final = 128
+C_LATENCY_NS: Final = C_LATENCY + 8 * LATENCIES
+C_OTHERS: Final = C_LATENCY_NS + 8
 
 assert all(dtype.itemsize % 64 == 0 for dtype in (RING, PORT, WORKER))
-assert len(COUNTERS) * 8 == C_LATENCY + 8 * LATENCIES
+assert len(COUNTERS) * 8 == C_OTHERS + 8

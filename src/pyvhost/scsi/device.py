@@ -23,6 +23,7 @@ from pyvhost.abi import virtio_scsi as abi
 from pyvhost.host.poller import Poller
 from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.counting import counted
 from pyvhost.scsi.device_units import DeviceUnits
 from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.events import EventQueue
@@ -207,7 +208,7 @@ class ScsiDevice(DeviceUnits):
 
     # --- requests -----------------------------------------------------------------------------------------
 
-    def _request(self, queue: RequestQueue, chain: Chain) -> None:
+    def _request(self, queue: RequestQueue, chain: Chain, since: int) -> None:
         request = Request.parse(chain, protected=bool(self.acked_features >> abi.F_T10_PI & 1))
         if request is None:
             # The loop has seen that it was long enough; the guest has changed it since.
@@ -220,7 +221,12 @@ class ScsiDevice(DeviceUnits):
             return
 
         def done(task: Task) -> None:
-            queue.finish(chain, request.complete(task) if queue.alive(chain) else 0)
+            if not queue.alive(chain):
+                queue.finish(chain, 0)
+                return
+            known = self._units.get(address)
+            row = int(known.row.ctypes.data) if known is not None else 0
+            queue.finish(chain, request.complete(task), counted(task, row, time.monotonic_ns() - since))
 
         task = Task(
             request.cdb,
