@@ -126,10 +126,11 @@ def scene(
     memory: GuestMemory | None = None,
     request_queues: int = 1,
     inflight: bool = False,
+    name: str | None = None,
     **options: Any,
 ) -> Iterator[Scene]:
-    """`luns` are units 0, 1, ... of target 0, and no news to the driver."""
-    device = ScsiDevice(request_queues=request_queues)
+    """`luns` are units 0, 1, ... of target 0, and no news to the driver. `name`: the device's."""
+    device = ScsiDevice(request_queues=request_queues, name=name)
     with ExitStack() as stack:
         back_end = stack.enter_context(BackEnd(directory, device))
         found = Scene(back_end, device, memory or stack.enter_context(GuestMemory(32 * MIB)))
