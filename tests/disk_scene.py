@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from back_end import PATIENCE, BackEnd
+from pyvhost.abi import virtio_scsi as abi
 from pyvhost.driver import cdb
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import FEATURES, ScsiDriver
-from pyvhost.driver.scsi_command import Response
+from pyvhost.driver.scsi_command import Pending, Response
 from pyvhost.driver.vhost_user import VhostUserFrontend
 from pyvhost.scsi.device import ScsiDevice
 from pyvhost.scsi.stores.base import Done, Store
@@ -159,6 +160,16 @@ def scene(
             for store in luns:
                 if isinstance(store, OnASocket):
                     store.end()
+
+
+def read_of(found: Scene, lun: int = 0, blocks: int = 8) -> Pending:
+    """A READ that waits, and is under way when this is back."""
+    pending = found.driver.submit(0, lun, cdb.read10(0, blocks), data_in_length=blocks * BLOCK)
+    for _ in range(100):
+        # Behind an IOMMU it is not taken before all of its addresses are known.
+        if found.driver.query_task(pending) == abi.S_FUNCTION_SUCCEEDED:
+            return pending
+    raise AssertionError("it is never begun")
 
 
 def sense_of(response: Response) -> tuple[int | None, int | None]:

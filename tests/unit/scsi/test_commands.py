@@ -218,10 +218,10 @@ def test_what_was_begun_when_a_store_went_away(scene: Scene) -> None:
     assert told(task) == (Key.NOT_READY, Asc.NOT_READY_BECOMING_READY)
 
 
-@pytest.mark.parametrize(("block", "physical", "says"), [(512, 4096, 8), (4096, 4096, 1), (4096, 512, 1)])
+@pytest.mark.parametrize(("block", "physical", "says"), [(512, 0, 1), (512, 4096, 8), (4096, 0, 1)])
 def test_what_a_guest_aligns_to_is_said_the_same_everywhere(block: int, physical: int, says: int) -> None:
     store = RamStore()
-    store.block_size, store.physical_block_size = block, physical
+    store.block_size, store.physical_block_size, store.unmap_granularity = block, physical, 512
     scene = Scene(store)
     limits = data(scene.do("12 01 b0 0040 00"))
     assert int.from_bytes(limits[6:8]) == says, "OPTIMAL TRANSFER LENGTH GRANULARITY"

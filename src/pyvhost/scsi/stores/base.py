@@ -58,8 +58,8 @@ class Store(ABC):
         self.size = 0
         #: 512 or 4096: what a logical block is to be unless somebody says otherwise.
         self.block_size = 512
-        #: What it is best written in: a guest aligns to that. A file system's page is 4096 bytes nearly everywhere.
-        self.physical_block_size = 4096
+        #: What is written in one piece underneath, for a guest to align to; 0: not known, or no more than a block.
+        self.physical_block_size = 0
         #: Whether it is there. A store behind a network may not be yet when `open` returns: `on_state(True)` then
         #: tells when it is, and only then `size` and the rest of what follows are true.
         self.online = True
