@@ -16,8 +16,8 @@ _RANK = {
     Asc.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR: 3,
 }
 _OTHERS = 4
-#: What nobody needs to be told who is still to hear of a reset, and asks for all of it then. One by one, and there were
-#: more of them than Linux' sd takes for a disk that is ready: it would wait a second.
+#: Not told to who is still to hear of a reset: all of it is asked for then. One by one they were more than Linux' sd
+#: takes of a disk that is ready: it would wait a second.
 _COVERED = {
     Asc.CAPACITY_DATA_HAS_CHANGED,
     Asc.MODE_PARAMETERS_CHANGED,
