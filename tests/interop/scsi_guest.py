@@ -1,4 +1,4 @@
-"""What a guest does with its SCSI disks, the same for every kind of guest: shell scripts, run in it, and what they say.
+"""What a guest does with its SCSI disks, the same for every kind of guest: scripts that it runs, and what they say.
 
 A disk is named by its place, `TARGET:LUN`, as `pyvhost scsi --lun` has it. Which of `sda`, `sdb`... that is depends
 on who was found first; it is looked up.
@@ -103,7 +103,7 @@ def unmount(guest: Guest, systems: Mapping[str, str]) -> None:
 
 
 def verify(guest: Guest, systems: Mapping[str, str], *, mebibytes: int = 16, queue_depth: int = 16) -> None:
-    """fio on all of them at once: random reads and writes of all sizes past the page cache, each block's CRC checked."""
+    """fio on all at once: random reads and writes of all sizes past the page cache, each block's CRC checked."""
     names = " ".join(f"--name={block} --directory=$TMPDIR/{block}" for block in systems)
     said = guest.run(
         f"fio --thread --size={mebibytes}M --rw=randrw --bsrange=512-64k --direct=1 --ioengine=libaio"
@@ -133,7 +133,7 @@ def no_complaints(guest: Guest) -> None:
     )
 
 
-def write_file(guest: Guest, block: str, mebibytes: int = 4) -> str:
+def write_file(guest: Guest, block: str, mebibytes: int = 1) -> str:
     """A file of random bytes on a mounted file system, on the disk when this returns; its SHA-256."""
     return guest.run(
         f"cd $TMPDIR/{block} && dd if=/dev/urandom of=kept bs=1M count={mebibytes} 2>/dev/null"
@@ -190,7 +190,7 @@ def come_grow_and_go(guest: Guest, controller: Controller, places: Sequence[str]
 
 
 def goes_under_load(guest: Guest, controller: Controller, places: Sequence[str]) -> None:
-    """A disk is taken away while the guest reads it as fast as it can: the reader ends, the guest and `places` don't."""
+    """A disk is taken away while the guest reads it all the time: the reader ends, the guest and `places` don't."""
     place = "0:9"
     controller.ctl("add-lun", f"{place}=memory:64M")
     name = wait_disks(guest, *places, place)[place]
