@@ -1,4 +1,4 @@
-"""QEMU 7.2 with Debian's stock kernel, unmodified and emulated, with disks of `pyvhost scsi`: PCI, two request queues.
+"""QEMU 7.2 with Debian's stock kernel, unmodified and emulated, with disks of `pyvhost scsi`: two request queues.
 
 One guest goes through it all: a file with a partition and memory with a file system of another kind at once, disks
 that come, grow and go, its own reboot and the reset button.

@@ -22,7 +22,11 @@ COMMANDS: Final = (
     ("net", "pyvhost.cli.net", "serve network cards to guests"),
     ("scsi", "pyvhost.cli.scsi", "serve disks to a guest"),
     ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
-    ("demo", "pyvhost.cli.demo", "boot guests and watch them use network cards that are served here"),
+    (
+        "demo",
+        "pyvhost.cli.demo",
+        "boot guests and watch them use network cards and a disk that are served here",
+    ),
     ("top", "pyvhost.cli.top", "watch what is served"),
     ("doctor", "pyvhost.cli.doctor", "what this host can do, and what to install for the rest"),
 )
