@@ -17,14 +17,11 @@ from typing import ClassVar, Final, NoReturn
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as scsi
-from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.plain import store64
 from pyvhost.host import eventfd
 from pyvhost.host.control_thread import ControlThread
 from pyvhost.scsi import endpoints
 from pyvhost.scsi.control_seat import ControlSeat
 from pyvhost.scsi.device import CONTROL, EVENT, MAX_REQUEST_QUEUES, ScsiDevice
-from pyvhost.scsi.device_units import Unit
 from pyvhost.scsi.endpoints import Endpoint
 from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import DiskWorker, Plane
@@ -88,8 +85,6 @@ class VhostScsi(ScsiDevice, KernelDevice):
         """Has the queues know how long a request's header is."""
         for queue in self._queues:
             queue.header = self._header
-        for known in self._units.values():
-            self._fast_changed(known)
 
     def close(self) -> None:
         """Gives up the endpoint, rings and descriptors."""
@@ -232,13 +227,6 @@ class VhostScsi(ScsiDevice, KernelDevice):
 
     def _take_worker(self) -> DiskWorker:
         return Plane.get().in_process.take()
-
-    def _fast_changed(self, known: Unit) -> None:
-        if self.protected:
-            # The loop does not know where the CDB is then.
-            store64(known.entry + layout.UNIT_FAST, 0)
-        else:
-            super()._fast_changed(known)
 
     # --- what it does not have --------------------------------------------------------------------------------
 
