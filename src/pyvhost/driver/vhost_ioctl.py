@@ -358,8 +358,8 @@ class VhostNetFrontend(VhostFrontend):
 
 
 class VhostScsiFrontend(VhostFrontend):
-    """/dev/vhost-scsi. `wwpn` is the endpoint's name; it is set when the driver says DRIVER_OK, which starts all rings
-    at once, and cleared before the first of them stops.
+    """/dev/vhost-scsi. `wwpn` is the endpoint's name; it is set when the driver says DRIVER_OK, which starts all
+    rings at once, and cleared before the first of them stops.
     """
 
     def __init__(self, handle: Handle, wwpn: str) -> None:
