@@ -213,6 +213,8 @@ CONTROL_STOP: Final = 0
 SCRATCH_CLOCK: Final = 0
 SCRATCH_HEADER: Final = 32
 SCRATCH_LENGTHS: Final = 64
+#: A few words of a loop's own: an event for epoll, a struct iovec or two.
+SCRATCH_WORDS: Final = 256
 SCRATCH_IOV: Final = 512
 SCRATCH_IOVECS: Final = 2 * MAX_CHAIN
 SCRATCH_FRAME: Final = SCRATCH_IOV + 16 * SCRATCH_IOVECS
@@ -299,6 +301,12 @@ COUNTERS: Final = (
     "read_bytes",
     "written_bytes",
     *(f"latency_{i}" for i in range(LATENCIES)),
+    "connections",
+    "connects",
+    "refused",
+    "resets",
+    "credit_stalls",
+    "credit_updates",
 )
 C_PACKETS: Final = 0
 C_BYTES: Final = 8
@@ -317,6 +325,12 @@ C_WRITES: Final = 104
 C_READ_BYTES: Final = 112
 C_WRITTEN_BYTES: Final = 120
 C_LATENCY: Final = 128
+C_CONNECTIONS: Final = C_LATENCY + 8 * LATENCIES
+C_CONNECTS: Final = C_CONNECTIONS + 8
+C_REFUSED: Final = C_CONNECTIONS + 16
+C_RESETS: Final = C_CONNECTIONS + 24
+C_CREDIT_STALLS: Final = C_CONNECTIONS + 32
+C_CREDIT_UPDATES: Final = C_CONNECTIONS + 40
 
 assert all(dtype.itemsize % 64 == 0 for dtype in (RING, PORT, WORKER))
-assert len(COUNTERS) * 8 == C_LATENCY + 8 * LATENCIES
+assert len(COUNTERS) * 8 == C_CREDIT_UPDATES + 8

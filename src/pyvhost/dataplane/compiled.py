@@ -172,6 +172,7 @@ _eventfd_write = _external("eventfd_write", types.int32, types.int64, result=typ
 _preadv2 = _external("preadv2", types.int32, types.int64, types.int32, types.int64, types.int32)
 _pwritev2 = _external("pwritev2", types.int32, types.int64, types.int32, types.int64, types.int32)
 _syscall6 = _external("syscall", *[types.int64] * 7)
+_epoll_ctl = _external("epoll_ctl", types.int32, types.int32, types.int32, types.int64, result=types.int32)
 _epoll_wait = _external("epoll_wait", types.int32, types.int64, types.int32, types.int32, result=types.int32)
 
 
@@ -266,3 +267,10 @@ def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
     """epoll_wait(2) into `count` packed struct epoll_event at `events`; -errno on failure."""
     ready = _epoll_wait(epoll, events, count, timeout_ms)
     return ready if ready >= 0 else -errno()
+
+
+@inline
+def sys_epoll_modify(epoll: int, fd: int, event: int) -> int:
+    """epoll_ctl(2), EPOLL_CTL_MOD, with the packed struct epoll_event at `event`; -errno on failure."""
+    done = _epoll_ctl(epoll, 3, fd, event)
+    return done if done >= 0 else -errno()

@@ -156,3 +156,8 @@ def sys_uring_enter(fd: int, submit: int, wait: int, flags: int) -> int:
 
 def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
     return _result(_libc.epoll_wait(int(epoll), ctypes.c_void_p(int(events)), int(count), int(timeout_ms)))
+
+
+def sys_epoll_modify(epoll: int, fd: int, event: int) -> int:
+    """epoll_ctl(2), EPOLL_CTL_MOD."""
+    return _result(_libc.epoll_ctl(int(epoll), 3, int(fd), ctypes.c_void_p(int(event))))
