@@ -103,7 +103,8 @@ def give_up(guest: Record, connections: Records, slot: int, code: int) -> None:
     connection["out_taken"] = connection["out_whole"] = connection["out_put"]
     connection["out_open"] = -1
     gone(guest, connections, slot, under_way(connection))
-    tell(guest, TODO_FAILED, slot, code)
+    # Who has hung up with something unread may have something to say nevertheless.
+    tell(guest, TODO_FAILED, slot, codes.EPIPE if code == codes.ECONNRESET else code)
     drained(guest, connection, slot)
 
 

@@ -186,7 +186,7 @@ def _control(
 
 @kernel
 def _room(worker: Record, have: int, limit: int, iov: int) -> int:
-    """Where up to `limit` bytes go in `have` buffers: struct iovec at `iov`, how many; their bytes in SCRATCH_WORDS."""
+    """Where up to `limit` bytes go in `have` buffers: struct iovec at `iov`, how many; SCRATCH_WORDS: their bytes."""
     pieces = 0
     total = 0
     for i in range(have):

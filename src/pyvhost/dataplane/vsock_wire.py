@@ -216,6 +216,6 @@ def hand_over(guest: Record, header: int, slot: int) -> None:
     store64(entry + ENTRY_GUEST_PORT, load32(header + 16))
     store64(entry + ENTRY_PEER_CID, load64(header + 8))
     store64(entry + ENTRY_PEER_PORT, load32(header + 20))
-    store64(entry + ENTRY_OP, packet_op(header))
-    store64(entry + ENTRY_FLAGS, packet_flags(header))
+    store64(entry + ENTRY_OP, packet_op(header) | load32(header + 36) << 32)
+    store64(entry + ENTRY_FLAGS, packet_flags(header) | load32(header + 40) << 32)
     _put(guest)

@@ -1,6 +1,6 @@
 """The socket device (virtio 1.2, 5.10): a guest's AF_VSOCK, and what is at the other end of its connections.
 
-Data and credit are the compiled loop's (`vsock_loop`); connecting, refusing, shutting down and timing out are those of
+Data and credit are the compiled loop's (`vsock_loop`); connecting, refusing, shutting down and timing out those of
 `connections`; sockets and siblings belong to `ends`.
 
 Promises: whatever one connection does, others go on; a guest hears RST of what it was connected to in a former life.
@@ -49,7 +49,7 @@ _MOST_CID: Final = (1 << 32) - 2
 class VsockDevice(Device):
     """Sockets for a guest.
 
-    `guest_cid`: 3 to 2**32 - 2. `buffer`: bytes that a connection's guest may send ahead, a power of two from 16 KiB on.
+    `guest_cid`: 3 to 2**32 - 2. `buffer`: bytes that a connection's guest may send ahead, a power of two, 16 KiB or more.
     `group`: devices of one group, whose guests may reach each other, share a worker. ValueError: an argument that
     can't be.
     """

@@ -46,6 +46,7 @@ _BATCH: Final = 256
 _RECORDS: Final = 2 * layout.RECORD
 #: How long a command waits when the queue is full, seconds.
 _AGAIN: Final = 0.005
+_WORD: Final = 0xFFFFFFFF
 
 _VIOLATIONS: Final = {
     layout.VIOLATED_CREDIT: "more data than it was granted",
@@ -83,6 +84,8 @@ class Link:
         self._held: dict[int, tuple[list[mmap.mmap], int]] = {}
         self._backlog: deque[tuple[int, ...]] = deque()
         self._within = False
+        #: buf_alloc and fwd_cnt of the packet that is told: a REQUEST's are those of the connection that it opens.
+        self._credit = 0, 0
         kept = layout.TOLD_AT_MOST * limit
         self._table = np.full(_power(2 * limit), -1, np.int64)
         self._commands = np.zeros((layout.QUEUE_ENTRIES + _COMMANDS * layout.ENTRY_BYTES) // 8, np.int64)
@@ -142,6 +145,8 @@ class Link:
             ("out_size", size),
             ("out_open", -1),
             ("next", -1),
+            ("peer_buf_alloc", self._credit[0]),
+            ("peer_fwd_cnt", self._credit[1]),
             ("expect", 2),
         ):
             record[field] = value
@@ -278,7 +283,12 @@ class Link:
         told = self._told()
         if kind == layout.TODO_PACKET:
             key = Key(words[2], words[3], words[4] & (1 << 64) - 1, words[5])
-            told.packet(slot if slot >= 0 else None, key, words[6], words[7])
+            op, flags = words[6] & _WORD, words[7] & _WORD
+            self._credit = words[6] >> 32 & _WORD, words[7] >> 32 & _WORD
+            try:
+                told.packet(slot if slot >= 0 else None, key, op, flags)
+            finally:
+                self._credit = 0, 0
         elif kind == layout.TODO_EOF:
             told.eof(slot)
         elif kind == layout.TODO_FAILED:
