@@ -4,10 +4,10 @@
 which are the other sides of its connections. The data path tells `Connections` what happened by the methods of
 `Told`. All of it belongs to the control thread; no carrier calls back from within.
 
-Promises, of the state machine: an end gets one of `refused` and `close`, once, as the last thing that is called; a slot
-gets one `close`, and nothing after it. Of a carrier: `Told.closed` comes once for each slot that was closed, at any
-time later, and is the last that is told of this slot until `open` has given it out again; what is asked of it is done
-in order. Never: behaviour.
+Promises, of the state machine: an end gets one of `refused` and `close`, once, as the last thing that is called; a
+slot gets one `close`, and nothing after it. Of a carrier: `Told.closed` comes once for each slot that was closed, at
+any time later, and is the last that is told of this slot until `open` has given it out again; what is asked of it is
+done in order. Never: has behaviour.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Carrier(Protocol):
         ...
 
     def close(self, slot: int) -> None:
-        """Out of the table; what is buffered is dropped, packets that were asked for still go. `Told.closed` follows."""
+        """Out of the table. What is buffered is dropped, packets that were asked for go; `Told.closed` follows."""
         ...
 
 
@@ -99,7 +99,7 @@ class Told(Protocol):
         ...
 
     def violated(self, slot: int, what: str) -> None:
-        """The guest broke the rules of a connection: more than it was granted, data after its last, a false length."""
+        """The guest broke a connection's rules: more than it was granted, data after its last, a false length."""
         ...
 
     def drained(self, slot: int) -> None:
@@ -133,12 +133,11 @@ class End(Protocol):
         """
         ...
 
-    def ended(self) -> bool:
-        """SEQPACKET, after a read of 0: whether that was the end. False: it was an empty message."""
-        ...
+    def ended(self) -> int:
+        """After a read of 0: SHUTDOWN_SEND, or that and SHUTDOWN_RCV if the other side has closed both ways.
 
-    def hung_up(self) -> bool:
-        """After its end: whether the other side takes nothing more either (POLLHUP)."""
+        0: it has not ended, and this was an empty message (SEQPACKET).
+        """
         ...
 
     def close(self, reset: bool) -> None:
