@@ -54,12 +54,10 @@ GUEST: Final = int64s(
 )
 
 CONNECTION: Final = int64s(
-    # Whether it is in its guest's table, which of all connections it is, and whether data may flow; Python wants it
-    # back as soon as it is out of the ready list.
+    # Whether it is in its guest's table, which of all connections it is, and whether data may flow.
     "open",
     "serial",
     "started",
-    "closing",
     # Whose it is and its key; the next one in its bucket (-1: none).
     "guest",
     "type",
@@ -139,8 +137,8 @@ ENTRY_FLAGS: Final = 56
 
 #: Python to loop. `OPEN`: it is in the table from now on; `SEND`: a packet without data (A: op, B: flags); `RESET`:
 #: RST for a key that nobody knows; `START`: data may flow; `DRAIN`: tell when `out` is empty; `HUSH`: the guest takes
-#: nothing more; `MESSAGE`: an empty message, and go on reading; `JOIN`: A is the other end, if it still is the one with
-#: serial number B; `CLOSE`.
+#: nothing more; `MESSAGE`: an empty message, and go on reading; `JOIN`: A is the other end, if it has serial number B
+#: still; `CLOSE`.
 CMD_OPEN: Final = 1
 CMD_SEND: Final = 2
 CMD_RESET: Final = 3
@@ -151,8 +149,8 @@ CMD_MESSAGE: Final = 7
 CMD_JOIN: Final = 8
 CMD_CLOSE: Final = 9
 
-#: Loop to Python. `PACKET`: one that is not the loop's, its key, op (above it: buf_alloc) and flags (fwd_cnt); `EOF`, `FAILED` (A: errno): of the
-#: other end; `VIOLATED` (A: one of the below); `DRAINED`; `CLOSED`: it is Python's again.
+#: Loop to Python. `PACKET`: one that is not the loop's, its key, op (above it: buf_alloc) and flags (fwd_cnt); `EOF`,
+#: `FAILED` (A: errno): of the other end; `VIOLATED` (A: one of the below); `DRAINED`; `CLOSED`: it is Python's again.
 TODO_PACKET: Final = 1
 TODO_EOF: Final = 2
 TODO_FAILED: Final = 3

@@ -65,7 +65,7 @@ from pyvhost.dataplane.vsock_blocks import (
     SCRATCH_WRITTEN,
     TODO_CLOSED,
 )
-from pyvhost.dataplane.vsock_out import drained, enqueue, flush
+from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush
 from pyvhost.dataplane.vsock_receive import offer, put_header, put_packet, receive
 from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
 from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_header
@@ -82,7 +82,7 @@ _BREATH_NS: Final = 2_000
 
 @kernel
 def _close(worker: Record, guest: Record, connections: Records, slot: int) -> None:
-    """Takes a connection out; Python has it back when nothing here names it any more."""
+    """Takes a connection out, and gives it back to Python."""
     connection = connections[slot]
     if connection["open"]:
         remove(guest, connections, slot)
@@ -92,9 +92,8 @@ def _close(worker: Record, guest: Record, connections: Records, slot: int) -> No
         connections[other]["other"] = -1
         connection["other"] = -1
     if connection["queued"]:
-        connection["closing"] = 1
-    else:
-        tell(guest, TODO_CLOSED, slot, 0)
+        dequeue(guest, connections, slot)
+    tell(guest, TODO_CLOSED, slot, 0)
 
 
 @kernel

@@ -56,6 +56,24 @@ def enqueue(guest: Record, connections: Records, slot: int) -> None:
     guest["ready_last"] = slot
 
 
+@kernel
+def dequeue(guest: Record, connections: Records, slot: int) -> None:
+    """Takes a connection out of the ready list, which it is in."""
+    following = connections[slot]["next"]
+    connections[slot]["queued"] = 0
+    if guest["ready_first"] == slot:
+        guest["ready_first"] = following
+        if following < 0:
+            guest["ready_last"] = -1
+        return
+    before = guest["ready_first"]
+    while connections[before]["next"] != slot:
+        before = connections[before]["next"]
+    connections[before]["next"] = following
+    if following < 0:
+        guest["ready_last"] = before
+
+
 @inline
 def under_way(connection: Record) -> int:
     """Bytes that came from the guest and have not gone on."""

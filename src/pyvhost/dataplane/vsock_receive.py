@@ -48,7 +48,6 @@ from pyvhost.dataplane.vsock_blocks import (
     QUANTUM,
     RECORD,
     SCRATCH_WRITTEN,
-    TODO_CLOSED,
     TODO_EOF,
     TODO_FAILED,
 )
@@ -464,10 +463,6 @@ def receive(worker: Record, rings: Records, guests: Records, connections: Record
         if connection["next"] < 0:
             guest["ready_last"] = -1
         connection["queued"] = 0
-        if connection["closing"]:
-            connection["closing"] = 0
-            tell(guest, TODO_CLOSED, slot, 0)
-            continue
         came = _turn(worker, rings, guests, connections, index, slot)
         if came == _DRY:
             _put_back(guest, connections, slot)

@@ -49,7 +49,8 @@ _MOST_CID: Final = (1 << 32) - 2
 class VsockDevice(Device):
     """Sockets for a guest.
 
-    `guest_cid`: 3 to 2**32 - 2. `buffer`: bytes that a connection's guest may send ahead, a power of two, 16 KiB or more.
+    `guest_cid`: 3 to 2**32 - 2. `buffer`: bytes that a connection's guest may send ahead, a power of two of 16 KiB or
+    more.
     `group`: devices of one group, whose guests may reach each other, share a worker. ValueError: an argument that
     can't be.
     """
@@ -168,6 +169,8 @@ class VsockDevice(Device):
     def close(self) -> None:
         """Gives up rings and connections."""
         self.reset()
+        if self._connections is not None:
+            self._connections.stop()
         for timer in (self._timer, self._shown):
             if timer is not None:
                 timer.cancel()
