@@ -1,6 +1,6 @@
 """A guest's connections: how they begin, shut down and end (virtio 1.3, 5.10.6). Sans-IO.
 
-The data path (`contract.Carrier`) has each connection's bytes and credit, and hands over packets that are neither; the
+The data path (`contract.Carrier`) has each connection's bytes and credit, and hands over what is neither; the
 other ends (`contract.End`) have the sockets; the clock is passed in.
 
 Promises: a connection ends once, and its end is closed after the data path has let go of it; what a guest sent before
@@ -21,6 +21,8 @@ from typing import Final
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.vsock.connection import Connection, Request, State
 from pyvhost.vsock.contract import Carrier, End, Key
+
+__all__ = ["Connection", "Connections", "Request", "State"]
 
 _log = logging.getLogger(__name__)
 
