@@ -168,6 +168,7 @@ _read = _external("read", types.int32, types.int64, types.int64)
 _write = _external("write", types.int32, types.int64, types.int64)
 _readv = _external("readv", types.int32, types.int64, types.int32)
 _writev = _external("writev", types.int32, types.int64, types.int32)
+_send = _external("send", types.int32, types.int64, types.int64, types.int32)
 _eventfd_write = _external("eventfd_write", types.int32, types.int64, result=types.int32)
 _preadv2 = _external("preadv2", types.int32, types.int64, types.int32, types.int64, types.int32)
 _pwritev2 = _external("pwritev2", types.int32, types.int64, types.int32, types.int64, types.int32)
@@ -238,6 +239,13 @@ def sys_readv(fd: int, iov: int, count: int) -> int:
 def sys_writev(fd: int, iov: int, count: int) -> int:
     """writev(2); `iov`: address of `count` struct iovec; -errno on failure."""
     done = _writev(fd, iov, count)
+    return done if done >= 0 else -errno()
+
+
+@inline
+def sys_send(fd: int, address: int, length: int) -> int:
+    """send(2), which sends an empty message where write(2) does nothing; -errno on failure."""
+    done = _send(fd, address, length, 0)
     return done if done >= 0 else -errno()
 
 

@@ -114,7 +114,7 @@ def _result(done: int) -> int:
     return done if done >= 0 else -ctypes.get_errno()
 
 
-for _name in ("read", "write", "readv", "writev", "preadv2", "pwritev2", "syscall"):
+for _name in ("read", "write", "send", "readv", "writev", "preadv2", "pwritev2", "syscall"):
     getattr(_libc, _name).restype = ctypes.c_ssize_t
 
 
@@ -136,6 +136,10 @@ def sys_readv(fd: int, iov: int, count: int) -> int:
 
 def sys_writev(fd: int, iov: int, count: int) -> int:
     return _result(_libc.writev(int(fd), ctypes.c_void_p(int(iov)), int(count)))
+
+
+def sys_send(fd: int, address: int, length: int) -> int:
+    return _result(_libc.send(int(fd), ctypes.c_void_p(int(address)), ctypes.c_size_t(int(length)), 0))
 
 
 def sys_preadv2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:

@@ -20,6 +20,7 @@ from pyvhost.dataplane.access import (
     store32,
     store64,
     sys_epoll_modify,
+    sys_send,
     sys_writev,
 )
 from pyvhost.dataplane.blocks import C_SYSCALLS, SCRATCH_WORDS, Record, Records
@@ -236,7 +237,10 @@ def flush(worker: Record, guest: Record, connections: Records, slot: int) -> Non
             break
         if connection["type"] == TYPE_SEQPACKET:
             length = record_bytes(connection)
-            done = sys_writev(connection["fd"], iov, pieces_of(connection, RECORD, length, iov))
+            if length:
+                done = sys_writev(connection["fd"], iov, pieces_of(connection, RECORD, length, iov))
+            else:
+                done = sys_send(connection["fd"], iov, 0)
         else:
             done = sys_writev(connection["fd"], iov, pieces_of(connection, 0, length, iov))
         count(worker["row"], C_SYSCALLS, 1)
