@@ -40,7 +40,8 @@ from kernel.scene import Scene
 
 RECORDED = Path(__file__).parent / "recorded" / "kernel-answers.json"
 SEQUENCES = Path(__file__).parent / "recorded" / "sequences.json"
-IN, RDNORM = 0x1, 0x40
+#: POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM.
+POLLED = 0x1 | 0x4 | 0x40 | 0x100
 #: How long something that is recorded may take to come, in seconds, where a worker has to run first.
 PATIENCE = 20.0
 
@@ -291,7 +292,7 @@ class Player:
 
     def poll(self, step: Step) -> Any:
         poll = select.poll()
-        poll.register(self.device(step).fileno(), IN | RDNORM)
+        poll.register(self.device(step).fileno(), POLLED)
         found = poll.poll(self.patience * 1000 if step["result"] else step["timeout_ms"])
         return found[0][1] if found else 0
 

@@ -1,4 +1,6 @@
-"""Every recorded case of the kernel's vhost-net, against `pyvhost.open`: the same answers, but for those named."""
+"""Every recorded case of the kernel's vhost-net and vhost-scsi, against `pyvhost.open`: the same answers, but for
+those named.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,13 @@ import pytest
 import pyvhost
 from kernel import differences, replay, transposed
 from netns import network_namespace
+from pyvhost.scsi import endpoints
 from pyvhost.vhost.opening import registered
 from requirements import need
 
-CASES = replay.cases("vhost-net") + transposed.for_net()
+CASES = replay.cases("vhost-net") + transposed.for_net() + replay.cases("vhost-scsi")
+#: The target that the cases were recorded with.
+ENDPOINT = "naa.600140554cf3a18e"
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "ioctls.md"
 
 
@@ -25,6 +30,14 @@ def _alone() -> Iterator[None]:
     need(Path("/dev/net/tun").exists(), "modprobe tun, or give the container /dev/net/tun")
     with network_namespace():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _endpoint() -> Iterator[None]:
+    """What a case sets, if it is one of scsi's."""
+    endpoint = endpoints.register(ENDPOINT, ["1:0=memory:4M"])
+    yield
+    endpoint.unregister()
 
 
 @functools.cache
@@ -46,8 +59,9 @@ def test_any_order_is_answered_as_by_the_kernel() -> None:
 
 def test_which_devices_are_compared() -> None:
     """A device that can be opened has its cases run: who adds one adds it above."""
-    assert registered() == ["/dev/vhost-net"]
-    assert {case["device"] for case in CASES} == {"vhost-net"}
+    assert callable(pyvhost.open), "which registers them"
+    assert registered() == ["/dev/vhost-net", "/dev/vhost-scsi"]
+    assert {f"/dev/{case['device']}" for case in CASES} == set(registered())
 
 
 def test_every_difference_that_covers_steps_is_found_in_some() -> None:

@@ -301,6 +301,11 @@ COUNTERS: Final = (
     "read_bytes",
     "written_bytes",
     *(f"latency_{i}" for i in range(LATENCIES)),
+    # All latencies together; what a logical unit did that was neither a read nor a write.
+    "latency_ns",
+    "others",
+    # A vsock device's: how many there are; how many began, were refused, were reset; how often the guest had granted
+    # nothing, and how often it was told what it may send.
     "connections",
     "connects",
     "refused",
@@ -325,7 +330,9 @@ C_WRITES: Final = 104
 C_READ_BYTES: Final = 112
 C_WRITTEN_BYTES: Final = 120
 C_LATENCY: Final = 128
-C_CONNECTIONS: Final = C_LATENCY + 8 * LATENCIES
+C_LATENCY_NS: Final = C_LATENCY + 8 * LATENCIES
+C_OTHERS: Final = C_LATENCY_NS + 8
+C_CONNECTIONS: Final = C_OTHERS + 8
 C_CONNECTS: Final = C_CONNECTIONS + 8
 C_REFUSED: Final = C_CONNECTIONS + 16
 C_RESETS: Final = C_CONNECTIONS + 24

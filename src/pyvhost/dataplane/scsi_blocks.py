@@ -111,17 +111,27 @@ DISKS_DONE_TAKEN: Final = 144
 DISKS_BEGUN: Final = 152
 DISKS_BYTES: Final = 192
 
-#: An entry of either: four numbers.
+#: An entry to Python: four numbers.
 ENTRY_BYTES: Final = 32
 ENTRIES: Final = 1 << 16
-#: What an entry to Python says: a chain to be handled (ring, head); one whose operation the host failed (ring,
+#: What it says: a chain to be handled (ring, head, since when); one whose operation the host failed (ring,
 #: head, errno); an operation that was watched has ended (ring, head, serial number).
 TODO_CHAIN: Final = 1
 TODO_FAILED: Final = 2
 TODO_ENDED: Final = 3
 #: The last operation of a watched unit has ended (ring, head).
 TODO_DRAINED: Final = 4
-#: An entry to the loop: ring, head, bytes written.
+#: An entry to the loop: a chain that is done with, and what is to be counted of it: the unit's row (0: nothing), how
+#: many commands failed, and else which kind of command it was (C_READS, C_WRITES, C_OTHERS), its bytes, and ns.
+DONE_RING: Final = 0
+DONE_HEAD: Final = 8
+DONE_WRITTEN: Final = 16
+DONE_ROW: Final = 24
+DONE_FAILED: Final = 32
+DONE_KIND: Final = 40
+DONE_LENGTH: Final = 48
+DONE_NS: Final = 56
+DONE_BYTES: Final = 64
 
 RESPONSE_BYTES: Final = 108
 REQUEST_TAG: Final = 8

@@ -45,6 +45,7 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_TODO,
     DISKS_TODO_PUT,
     DISKS_TODO_TAKEN,
+    DONE_BYTES,
     ENTRIES,
     ENTRY_BYTES,
     FAST_READ,
@@ -293,4 +294,4 @@ def give_back(disks: int, op: int, number: int) -> bool:
 @inline
 def done_entry(disks: int, number: int) -> int:
     """Address of entry `number` of the queue from Python."""
-    return load64(disks + DISKS_DONE) + (number & (ENTRIES - 1)) * ENTRY_BYTES
+    return load64(disks + DISKS_DONE) + (number & (ENTRIES - 1)) * DONE_BYTES

@@ -24,8 +24,10 @@ from pyvhost.dataplane.access import (
 )
 from pyvhost.dataplane.blocks import (
     BATCH,
+    C_ERRORS,
     C_KICKS,
     C_LATENCY,
+    C_LATENCY_NS,
     C_READ_BYTES,
     C_READS,
     C_SYSCALLS,
@@ -54,6 +56,14 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_DONE_PUT,
     DISKS_DONE_TAKEN,
     DISKS_OPS,
+    DONE_FAILED,
+    DONE_HEAD,
+    DONE_KIND,
+    DONE_LENGTH,
+    DONE_NS,
+    DONE_RING,
+    DONE_ROW,
+    DONE_WRITTEN,
     OP_ABORT,
     OP_BYTES,
     OP_EXPECTED,
@@ -106,6 +116,23 @@ def _show(rings: Records, queues: Records, index: int) -> None:
 
 
 @kernel
+def _count(row: int, kind: int, length: int, nanoseconds: int) -> None:
+    """Counts a command in its unit's row."""
+    count(row, kind, 1)
+    if kind == C_WRITES:
+        count(row, C_WRITTEN_BYTES, length)
+    elif kind == C_READS:
+        count(row, C_READ_BYTES, length)
+    count(row, C_LATENCY_NS, nanoseconds)
+    micros = nanoseconds // 1000
+    bucket = 0
+    while micros > 0 and bucket < LATENCIES - 1:
+        micros >>= 1
+        bucket += 1
+    count(row, C_LATENCY + 8 * bucket, 1)
+
+
+@kernel
 def _from_python(worker: Record, rings: Records, queues: Records) -> int:
     """Uses the chains that Python has finished; how many."""
     disks = worker["disks"]
@@ -114,29 +141,16 @@ def _from_python(worker: Record, rings: Records, queues: Records) -> int:
     put = load64_acquire(disks + DISKS_DONE_PUT)
     for number in range(taken, put):
         entry = done_entry(disks, number)
-        index = load64(entry)
-        _used(rings, queues, index, load64(entry + 8), load64(entry + 16))
+        index = load64(entry + DONE_RING)
+        row = load64(entry + DONE_ROW)
+        if row and load64(entry + DONE_FAILED):
+            count(row, C_ERRORS, 1)
+        elif row:
+            _count(row, load64(entry + DONE_KIND), load64(entry + DONE_LENGTH), load64(entry + DONE_NS))
+        _used(rings, queues, index, load64(entry + DONE_HEAD), load64(entry + DONE_WRITTEN))
         _activate(worker, rings, queues, rings[index]["port"])
     store64_release(disks + DISKS_DONE_TAKEN, put)
     return put - taken
-
-
-@kernel
-def _count_io(op: int, now: int) -> None:
-    row = load64(load64(op + OP_UNIT) + UNIT_ROW)
-    length = load64(op + OP_EXPECTED)
-    if load64(op + OP_IS_WRITE):
-        count(row, C_WRITES, 1)
-        count(row, C_WRITTEN_BYTES, length)
-    else:
-        count(row, C_READS, 1)
-        count(row, C_READ_BYTES, length)
-    micros = (now - load64(op + OP_STARTED)) // 1000
-    bucket = 0
-    while micros > 0 and bucket < LATENCIES - 1:
-        micros >>= 1
-        bucket += 1
-    count(row, C_LATENCY + 8 * bucket, 1)
 
 
 @kernel
@@ -168,7 +182,12 @@ def _reap(worker: Record, rings: Records, queues: Records, now: int) -> int:
             if abort:
                 store64(op + OP_WRITTEN, RESPONSE_BYTES)
             elif not orphan:
-                _count_io(op, now)
+                _count(
+                    load64(load64(op + OP_UNIT) + UNIT_ROW),
+                    C_WRITES if load64(op + OP_IS_WRITE) else C_READS,
+                    load64(op + OP_EXPECTED),
+                    now - load64(op + OP_STARTED),
+                )
             if not orphan:
                 respond(ring, op, abort)
             _used(rings, queues, index, head, load64(op + OP_WRITTEN))
@@ -248,7 +267,7 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
             break
         begin(ring, head)
         if not start(worker, queue, queue["tx"], ring, slot, now):
-            tell(disks, TODO_CHAIN, queue["tx"], head, 0)
+            tell(disks, TODO_CHAIN, queue["tx"], head, now)
             told = True
         took += 1
     take_kept(ring, max(took, 0))

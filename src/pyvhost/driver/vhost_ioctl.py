@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from pyvhost.abi import vhost as abi
+from pyvhost.abi import virtio
 from pyvhost.driver.dirty_log import DirtyLog
 from pyvhost.driver.errors import DeviceError, DriverError
 from pyvhost.driver.iommu import Miss
@@ -354,3 +355,48 @@ class VhostNetFrontend(VhostFrontend):
 
     def unbind(self, index: int) -> None:
         self.set_backend(index, abi.FILE_UNBIND)
+
+
+class VhostScsiFrontend(VhostFrontend):
+    """/dev/vhost-scsi. `wwpn` is the endpoint's name; it is set when the driver says DRIVER_OK, which starts all rings
+    at once, and cleared before the first of them stops.
+    """
+
+    def __init__(self, handle: Handle, wwpn: str) -> None:
+        super().__init__(handle)
+        self.wwpn = wwpn
+        self._set = False
+
+    def set_endpoint(self, wwpn: str | None = None, *, tpgt: int = 0) -> None:
+        """Serve all rings with the targets of that name; None: of the one that this was made with."""
+        self._endpoint(abi.SCSI_SET_ENDPOINT, wwpn, tpgt)
+        self._set = True
+
+    def clear_endpoint(self, wwpn: str | None = None, *, tpgt: int = 0) -> None:
+        """Serve no ring any more."""
+        self._endpoint(abi.SCSI_CLEAR_ENDPOINT, wwpn, tpgt)
+        self._set = False
+
+    def _endpoint(self, request: int, wwpn: str | None, tpgt: int) -> None:
+        name = (self.wwpn if wwpn is None else wwpn).encode()
+        self.ioctl(request, abi.ScsiTarget(abi.SCSI_ABI_VERSION, name, tpgt, 0))
+
+    def get_abi_version(self) -> int:
+        return self._number(abi.SCSI_GET_ABI_VERSION, size=4)
+
+    def get_events_missed(self) -> bool:
+        return bool(self._number(abi.SCSI_GET_EVENTS_MISSED, size=4))
+
+    def set_events_missed(self, missed: bool) -> None:
+        self._number(abi.SCSI_SET_EVENTS_MISSED, int(missed), 4)
+
+    def set_status(self, status: int) -> None:
+        if status & virtio.CONFIG_S_DRIVER_OK and not self._set:
+            self.set_endpoint()
+
+    def bind(self, index: int) -> None:
+        """Nothing: the endpoint starts them all."""
+
+    def unbind(self, index: int) -> None:
+        if self._set:
+            self.clear_endpoint()

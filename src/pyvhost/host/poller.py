@@ -152,7 +152,8 @@ class Poller:
         self._run_timers()
         # What they add themselves waits for the next round, so that descriptors have their turn.
         for _ in range(len(self._soon)):
-            if self._stopping:
+            # One that waits in `run_inner` has made others' calls.
+            if self._stopping or not self._soon:
                 return
             self._call(self._soon.popleft())
 
@@ -181,7 +182,8 @@ class Poller:
                     self._call(self._watches[fd].callback, mask)
             self._run_timers()
             for _ in range(len(self._soon)):
-                self._call(self._soon.popleft())
+                if self._soon:
+                    self._call(self._soon.popleft())
         return True
 
     def stop(self) -> None:

@@ -35,6 +35,7 @@ MEANINGS: Final = {
     "writes": "Writes that a logical unit has done.",
     "read_bytes": "Bytes that were read.",
     "written_bytes": "Bytes that were written.",
+    "others": "Commands that a logical unit has done which neither read nor wrote.",
 }
 
 
@@ -66,7 +67,8 @@ def _queue(queue: Queue) -> dict[str, Any]:
     if queue.is_disk:
         return common | {
             "latency_buckets": latency.buckets(queue.row.values),
-            "latency_us": {f"p{part:g}": queue.percentile(part / 100) for part in (50, 90, 99, 99.9)},
+            "latency_us": {f"p{part:g}": queue.percentile(part / 100) for part in (50, 90, 99, 99.9)}
+            | {"mean": queue.mean()},
             "queue_depth": queue.depth(),
         }
     if rates is not None:
@@ -82,7 +84,7 @@ class Collector:
     """A custom collector for `prometheus_client`: looks when it is asked, keeps nothing in between.
 
     Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend; the latencies
-    of a logical unit, ``pyvhost_latency_seconds``, a histogram without its sum.
+    of a logical unit, ``pyvhost_latency_seconds``, a histogram.
     """
 
     LABELS: Final = ("device", "kind", "queue", "backend")
@@ -97,12 +99,14 @@ class Collector:
         labels = ("pid", *self.LABELS)
         sums: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in MEANINGS}
         latencies: dict[tuple[str, ...], list[int]] = {}
+        seconds: dict[tuple[str, ...], float] = {}
         for process in snapshot.processes:
             for row in process.rows:
                 whose = (str(process.pid), *(row.label(name) for name in self.LABELS))
                 if is_disk(row) and (counts := latency.buckets(row.values)):
                     known = latencies.get(whose, [0] * len(counts))
                     latencies[whose] = [one + other for one, other in zip(known, counts, strict=False)]
+                    seconds[whose] = seconds.get(whose, 0.0) + latency.total_us(row.values) / 1e6
                 for name, value in counted(row).items():
                     # Two rows of the same labels would be the same series twice.
                     series = sums.setdefault(name, {})
@@ -117,7 +121,7 @@ class Collector:
             "pyvhost_latency_seconds", "From a command's arrival to its end.", labels=labels
         )
         for whose, counts in latencies.items():
-            histogram.add_metric(whose, _cumulative(counts), None)
+            histogram.add_metric(whose, _cumulative(counts), seconds[whose])
         yield histogram
         started = GaugeMetricFamily(
             "pyvhost_process_start_time_seconds",

@@ -18,7 +18,7 @@ WORKER: Final = "worker"
 #: The kind of a row of a SCSI device: a queue's, or a logical unit's, TARGET:LUN.
 SCSI: Final = "scsi"
 #: What is counted of logical units alone; of what others count, they have errors.
-DISK_FIELDS: Final = ("reads", "writes", "read_bytes", "written_bytes")
+DISK_FIELDS: Final = ("reads", "writes", "others", "read_bytes", "written_bytes")
 
 #: Names a queue across snapshots: its file, its use of a row, its labels.
 Key = tuple[str, int, tuple[tuple[str, str], ...]]
@@ -107,7 +107,14 @@ class Queue:
         """How many operations were under way, on average (Little's law); None if unknown."""
         if self.growth is None or self.seconds <= 0:
             return None
-        return latency.total_us(latency.buckets(self.growth)) / 1e6 / self.seconds
+        return latency.total_us(self.growth) / 1e6 / self.seconds
+
+    def mean(self) -> float | None:
+        """The mean latency in microseconds: lately, or in all its life."""
+        for counters in (self.growth, self.row.values):
+            if counters and (commands := sum(latency.buckets(counters))):
+                return latency.total_us(counters) / commands
+        return None
 
     def _both(self, one: str, other: str) -> float | None:
         first, second = self.rate(one), self.rate(other)

@@ -148,6 +148,7 @@ _DISKS: Final = (
     _Column("read/s", lambda q: scaled(q.rate("read_bytes")), 3),
     _Column("writes/s", lambda q: scaled(q.rate("writes")), 6),
     _Column("written/s", lambda q: scaled(q.rate("written_bytes")), 4),
+    _Column("mean", lambda q: duration(q.mean()), 3),
     _Column("p50", lambda q: duration(q.percentile(0.5)), 9),
     _Column("p99", lambda q: duration(q.percentile(0.99)), 10),
     _Column("depth", lambda q: _ratio(q.depth()), 8),

@@ -13,41 +13,28 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as abi
-from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.plain import load64, store64
 from pyvhost.host.poller import Poller
-from pyvhost.memory.regions import MemoryTable
 from pyvhost.scsi import requests
 from pyvhost.scsi.control import ControlQueue
+from pyvhost.scsi.counting import counted
+from pyvhost.scsi.device_units import DeviceUnits
 from pyvhost.scsi.endings import Endings
 from pyvhost.scsi.events import EventQueue
 from pyvhost.scsi.lun import MAX_LUN, MAX_TARGET, Lun, place
-from pyvhost.scsi.nexus import Nexus, world_wide_name
+from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import Chosen, DiskWorker, Plane
 from pyvhost.scsi.queue import RequestQueue
-from pyvhost.scsi.requests import REPORT_LUNS_WLUN, Address, Request
-from pyvhost.scsi.sense import Asc
-from pyvhost.scsi.stores import spec
-from pyvhost.scsi.stores.base import Store
-from pyvhost.scsi.stores.descriptor import DescriptorStore
-from pyvhost.scsi.stores.file import FileStore
-from pyvhost.scsi.stores.memory import MemoryStore
-from pyvhost.scsi.stores.wrappers import innermost
-from pyvhost.scsi.target import Target
+from pyvhost.scsi.requests import Request
 from pyvhost.scsi.task import Task
-from pyvhost.scsi.unit import LogicalUnit
-from pyvhost.scsi.units import UnitTable
 from pyvhost.vhost.chains import Chain
-from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
+from pyvhost.vhost.device import TRANSPORT_FEATURES
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.vring import Place
 from pyvhost.vhost.worker import Int64s
@@ -65,24 +52,7 @@ PATIENCE: Final = 10.0
 CLOSE_WAITS: Final = 2.0
 
 
-class Served(NamedTuple):
-    """A logical unit that is served: where it is, and what keeps it."""
-
-    target: int
-    lun: int
-    store: Store
-
-
-@dataclass
-class _Unit:
-    address: Address
-    unit: LogicalUnit
-    entry: int
-    row: Int64s
-    drained: list[Callable[[], object]]
-
-
-class ScsiDevice(Device):
+class ScsiDevice(DeviceUnits):
     """Disks for a guest.
 
     `luns`: what there is at first, `[TARGET:LUN=]SPEC` each; without a place they get the first free unit of target
@@ -106,14 +76,7 @@ class ScsiDevice(Device):
         super().__init__(name or "scsi", REQUEST + request_queues, busyloop_timeout=busyloop_timeout)
         self.request_queues = request_queues
         self._first = place(luns)
-        self._targets: dict[int, Target] = {}
-        self._units: dict[Address, _Unit] = {}
-        self._table = UnitTable()
         self._queues: list[RequestQueue] = []
-        self._worker: DiskWorker | None = None
-        self._nexus = Nexus(self.name)
-        self._rows: list[Int64s] = []
-        self._events: EventQueue | None = None
         self._control: ControlQueue | None = None
         #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
         self._endings = Endings()
@@ -122,8 +85,6 @@ class ScsiDevice(Device):
         self._queue_rows: dict[int, Int64s] = {}
         #: Queues that nobody waits for, and which have something in flight.
         self._left: list[RequestQueue] = []
-        #: Units, gone ones as well, for which somebody waits until the loop has nothing of them.
-        self._draining: list[_Unit] = []
 
     def attach(self, poller: Poller) -> None:
         """Opens the stores and takes its place in the process's workers."""
@@ -131,7 +92,7 @@ class ScsiDevice(Device):
         plane = Plane.get()
         plane.prepare()
         try:
-            self._worker = plane.workers.take()
+            self._worker = self._take_worker()
             control, event = (self._row(queue) for queue in ("ctrl", "event"))
             self._control = ControlQueue(self, f"{self.name}: control queue", poller, control)
             self._events = EventQueue(f"{self.name}: event queue", poller, event)
@@ -142,80 +103,6 @@ class ScsiDevice(Device):
         except BaseException:
             self.close()
             raise
-
-    # --- logical units, by whoever serves the device ------------------------------------------------------
-
-    @property
-    def luns(self) -> list[Served]:
-        """What there is."""
-        return [Served(at.target, at.lun, known.unit.store) for at, known in self._units.items()]
-
-    def unit(self, target: int, lun: int) -> LogicalUnit:
-        """A unit. KeyError: there is none."""
-        return self._units[Address(target, lun)].unit
-
-    def add_lun(self, target: int, lun: int, store: Store | str, *, serial: str | None = None) -> None:
-        """A disk more, which the guest is told of. ValueError: no such place, or it is taken; OSError: no store."""
-        assert self.poller is not None
-        if not 0 <= target <= MAX_TARGET or not 0 <= lun <= MAX_LUN:
-            raise ValueError(f"LUN {target}:{lun}: targets go from 0 to {MAX_TARGET}, LUNs to {MAX_LUN}")
-        address = Address(target, lun)
-        if address in self._units:
-            raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
-        store = spec.parse(store) if isinstance(store, str) else store
-        unit = LogicalUnit(store, serial=serial or store.serial or self._serial(store, address))
-        unit.open(self.poller)
-        there = self._targets.get(target)
-        if there is None:
-            there = self._targets[target] = Target(f"{self.name} {target}")
-            there.attach(self._nexus)
-        row = self._row(f"{target}:{lun}", store.spec)
-        entry = self._table.add(address, row)
-        known = self._units[address] = _Unit(address, unit, entry, row, [])
-        unit.drain = lambda done: self._drain(known, done)
-        unit.on_fast_changed = lambda _unit: self._fast_changed(known)
-        unit.on_event = lambda _unit, asc: self._unit_changed(known, asc)
-        there.add(lun, unit)
-        self._fast_changed(known)
-        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_RESCAN)
-
-    def _serial(self, store: Store, address: Address) -> str:
-        """A serial number for a disk that was given none: a file's own wherever it is, a memory's of its place."""
-        kept = innermost(store)
-        if isinstance(kept, MemoryStore):
-            text = f"{self.name} {address.target}:{address.lun}"
-        else:
-            text = os.path.abspath(kept.path) if isinstance(kept, FileStore) else kept.spec
-        return f"{world_wide_name(text):016x}"
-
-    def remove_lun(self, target: int, lun: int) -> None:
-        """A disk less, of which the guest hears. ValueError: there is none."""
-        address = Address(target, lun)
-        known = self._units.pop(address, None)
-        if known is None:
-            raise ValueError(f"there is no LUN {target}:{lun}")
-        self._table.remove(address)
-
-        def gone() -> None:
-            self._release(known.row)
-
-        self._targets[target].remove(lun, gone)
-        self._tell(abi.T_TRANSPORT_RESET, address, abi.EVT_RESET_REMOVED)
-
-    def resize_lun(self, target: int, lun: int, size: int | None = None) -> None:
-        """Looks for a disk's new size, or gives it one, in bytes. ValueError: no such LUN; VhostError EOPNOTSUPP."""
-        known = self._units.get(Address(target, lun))
-        if known is None:
-            raise ValueError(f"there is no LUN {target}:{lun}")
-        store = innermost(known.unit.store)
-        if size is None and isinstance(store, DescriptorStore):
-            store.check_size()
-        elif size is not None and isinstance(store, MemoryStore):
-            store.resize(size)
-        else:
-            raise VhostError(
-                errno.EOPNOTSUPP, f"{self.name}: LUN {target}:{lun}: {store.spec} is resized where it lies"
-            )
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
@@ -321,8 +208,8 @@ class ScsiDevice(Device):
 
     # --- requests -----------------------------------------------------------------------------------------
 
-    def _request(self, queue: RequestQueue, chain: Chain) -> None:
-        request = Request.parse(chain)
+    def _request(self, queue: RequestQueue, chain: Chain, since: int) -> None:
+        request = Request.parse(chain, protected=bool(self.acked_features >> abi.F_T10_PI & 1))
         if request is None:
             # The loop has seen that it was long enough; the guest has changed it since.
             queue.finish(chain, 0)
@@ -334,7 +221,12 @@ class ScsiDevice(Device):
             return
 
         def done(task: Task) -> None:
-            queue.finish(chain, request.complete(task) if queue.alive(chain) else 0)
+            if not queue.alive(chain):
+                queue.finish(chain, 0)
+                return
+            known = self._units.get(address)
+            row = int(known.row.ctypes.data) if known is not None else 0
+            queue.finish(chain, request.complete(task), counted(task, row, time.monotonic_ns() - since))
 
         task = Task(
             request.cdb,
@@ -384,8 +276,7 @@ class ScsiDevice(Device):
         self._left.append(queue)
         queue.leave(lambda: self._left.remove(queue))
 
-    def _retire(self, table: MemoryTable) -> None:
-        """A memory table waits for what was begun in it: the host may write there, and so may tasks."""
+    def _after_what_is_under_way(self, done: Callable[[], object]) -> None:
         names: set[Hashable] = set()
         for queue in (*self._queues, *self._left):
             names.update(queue.pending)
@@ -393,44 +284,9 @@ class ScsiDevice(Device):
             names.update(self._control.asked)
         if self._worker is not None:
             names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
-        self._endings.wait(names, table.close)
+        self._endings.wait(names, done)
 
     # --- the compiled loop --------------------------------------------------------------------------------
-
-    def _fast_changed(self, known: _Unit) -> None:
-        unit, entry = known.unit, known.entry
-        store64(entry + layout.UNIT_FAST, 0)
-        fast = int(unit.fast(self._nexus)) if unit.store.fd >= 0 and self._has_uring else 0
-        if not fast:
-            return
-        needs = {
-            layout.UNIT_FD: unit.store.fd,
-            layout.UNIT_SHIFT: unit.block_size.bit_length() - 1,
-            layout.UNIT_BLOCKS: unit.blocks,
-            layout.UNIT_DSYNC: int(unit.write_through),
-        }
-        if any(load64(entry + word) != value for word, value in needs.items()):
-            # Nobody is in the middle of a command, with some of the words of before.
-            assert self._worker is not None
-            with self._worker.paused():
-                for word, value in needs.items():
-                    store64(entry + word, value)
-        store64(entry + layout.UNIT_FAST, fast)
-
-    @property
-    def _has_uring(self) -> bool:
-        return self._worker is not None and self._worker.has_uring
-
-    def _drain(self, known: _Unit, done: Callable[[], object]) -> None:
-        assert self._worker is not None
-        with self._worker.paused():
-            if load64(known.entry + layout.UNIT_IN_FLIGHT):
-                store64(known.entry + layout.UNIT_WATCHED, 1)
-                known.drained.append(done)
-                if known not in self._draining:
-                    self._draining.append(known)
-                return
-        done()
 
     def paused(self) -> AbstractContextManager[None]:
         """The loop that serves this device is out while this is held."""
@@ -460,17 +316,6 @@ class ScsiDevice(Device):
         """A watched operation has ended."""
         self._endings.ended(serial)
 
-    def loop_drained(self) -> None:
-        """The last operation of a watched unit has ended."""
-        draining, self._draining = self._draining, []
-        for known in draining:
-            if load64(known.entry + layout.UNIT_IN_FLIGHT):
-                self._draining.append(known)
-                continue
-            waiting, known.drained = known.drained, []
-            for done in waiting:
-                done()
-
     def chain_ended(self, chain: Chain) -> None:
         """Nobody uses a chain's memory any more."""
         self._endings.ended(chain)
@@ -480,36 +325,11 @@ class ScsiDevice(Device):
         if queue in self._queues:
             self.iotlb_miss(REQUEST + self._queues.index(queue), iova, perm)
 
-    # --- events -------------------------------------------------------------------------------------------
-
-    def _unit_changed(self, known: _Unit, asc: Asc) -> None:
-        self._fast_changed(known)
-        code = int(asc)
-        self._tell(abi.T_PARAM_CHANGE, known.address, code >> 8 | (code & 0xFF) << 8)
-
-    def _tell(self, event: int, address: Address, reason: int) -> None:
-        wanted = abi.F_CHANGE if event == abi.T_PARAM_CHANGE else abi.F_HOTPLUG
-        if self._events is not None and self.acked_features >> wanted & 1:
-            self._events.tell(event, address.encode(), reason)
-
     # --- within -------------------------------------------------------------------------------------------
 
-    @property
-    def nexus(self) -> Nexus:
-        """The guest, as an initiator."""
-        return self._nexus
-
-    def target_of(self, address: Address) -> Target | None:
-        """The target that is addressed; the well known unit is the first one's if there is none of its own."""
-        found = self._targets.get(address.target)
-        if found is None and address == Address(0, REPORT_LUNS_WLUN) and self._targets:
-            return self._targets[min(self._targets)]
-        return found
-
-    def entry(self, address: Address) -> int:
-        """A unit's entry in the loop's table; 0: there is none."""
-        known = self._units.get(address)
-        return known.entry if known is not None else 0
+    def _take_worker(self) -> DiskWorker:
+        """A worker whose loop serves this device; it tells the poller that the device is attached to."""
+        return Plane.get().workers.take()
 
     def _make_queue(self, index: int) -> RequestQueue:
         assert self.poller is not None
@@ -519,12 +339,3 @@ class ScsiDevice(Device):
             self._queue_rows[index] = self._row(f"req{index}")
         row = self._queue_rows[index]
         return RequestQueue(self._worker, name, row, self.poller, self._request, self, self._table)
-
-    def _row(self, queue: str, backend: str = "-") -> Int64s:
-        row = Plane.get().row(self.name, "scsi", queue, backend)
-        self._rows.append(row)
-        return row
-
-    def _release(self, row: Int64s) -> None:
-        self._rows = [other for other in self._rows if other is not row]
-        Plane.get().counters.release(row)

@@ -12,7 +12,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Container, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,19 @@ Owner = Callable[[int, int, int], None]
 Chosen = Callable[[int, int], bool]
 
 
+class Counted(NamedTuple):
+    """What a command that was Python's adds to a unit's row, which has one writer, the loop."""
+
+    #: The row's address.
+    row: int
+    failed: bool
+    #: Offset of the counter for commands of its kind.
+    kind: int
+    #: Bytes moved.
+    length: int
+    nanoseconds: int
+
+
 class DiskWorker(Worker):
     """One thread in the scsi loop."""
 
@@ -44,7 +57,7 @@ class DiskWorker(Worker):
         self._disks = np.zeros(layout.DISKS_BYTES // 8, np.int64)
         self._ops = np.zeros(layout.OPS * layout.OP_BYTES // 8, np.int64)
         self._todo = np.zeros(layout.ENTRIES * layout.ENTRY_BYTES // 8, np.int64)
-        self._done = np.zeros(layout.ENTRIES * layout.ENTRY_BYTES // 8, np.int64)
+        self._done = np.zeros(layout.ENTRIES * layout.DONE_BYTES // 8, np.int64)
         self._taken = np.zeros(8, np.int64)
         self._lock = threading.Lock()
         self._owners: dict[int, Owner] = {}
@@ -134,12 +147,14 @@ class DiskWorker(Worker):
         if stays():
             self._leaving.append(stays)
 
-    def finish(self, ring: int, head: int, written: int) -> None:
-        """Has the loop use a chain that was Python's. From any thread."""
+    def finish(self, ring: int, head: int, written: int, counted: Counted | None = None) -> None:
+        """Has the loop use a chain that was Python's, and count it. From any thread."""
+        numbers = (ring, head, written, *(counted or ()))
         with self._lock:
             put = load64(self.disks + layout.DISKS_DONE_PUT)
-            entry = load64(self.disks + layout.DISKS_DONE) + (put % layout.ENTRIES) * layout.ENTRY_BYTES
-            for i, value in enumerate((ring, head, written)):
+            entry = load64(self.disks + layout.DISKS_DONE) + (put % layout.ENTRIES) * layout.DONE_BYTES
+            store64(entry + layout.DONE_ROW, 0)
+            for i, value in enumerate(numbers):
                 store64(entry + 8 * i, value)
             # Pairs with the loop's acquire load of the number.
             store64_release(self.disks + layout.DISKS_DONE_PUT, put + 1)
@@ -183,9 +198,12 @@ class Plane:
 
     def __init__(self, workers: int | None = None) -> None:
         self.counters = counters.of_process()
-        self.workers: Workers[DiskWorker] = Workers(
-            lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), "scsi", workers
-        )
+        self.workers = self._make_workers("scsi", workers)
+        #: Of devices that are opened in process: a worker tells one control thread, and theirs is the process's own.
+        self.in_process = self._make_workers("scsi-opened", workers)
+
+    def _make_workers(self, kind: str, count: int | None) -> Workers[DiskWorker]:
+        return Workers(lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), kind, count)
 
     @classmethod
     def get(cls) -> Plane:

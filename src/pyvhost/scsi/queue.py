@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -19,7 +20,7 @@ from pyvhost.dataplane import scsi_blocks as layout
 from pyvhost.dataplane.scsi_loop import sweep
 from pyvhost.dataplane.walk import walk
 from pyvhost.host.poller import Poller
-from pyvhost.scsi.plane import DiskWorker
+from pyvhost.scsi.plane import Counted, DiskWorker
 from pyvhost.scsi.units import UnitTable
 from pyvhost.vhost import faults
 from pyvhost.vhost.chains import Chain, chain_in, log_chain
@@ -29,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 _WORD: Final = (1 << 64) - 1
 
-#: Handles a chain; the queue's `finish` is due some time.
-Handler = Callable[["RequestQueue", Chain], None]
+#: Handles a chain that came at that time.monotonic_ns(); the queue's `finish` is due some time.
+Handler = Callable[["RequestQueue", Chain, int], None]
 
 
 class Owner(Protocol):
@@ -80,12 +81,23 @@ class RequestQueue(WorkerPlace):
         self._units = units
         #: Called when nothing of a queue that nobody waits for is in flight.
         self._on_left: Callable[[], object] = lambda: None
-        #: Heads whose chain waits for the IOTLB.
-        self._parked: list[int] = []
+        #: Heads whose chain waits for the IOTLB, and since when they are there.
+        self._parked: list[tuple[int, int]] = []
         self._walk: Any = np.zeros(1, blocks.RING)
         self._batch = np.zeros(blocks.BATCH_BYTES // 8, np.int64)
         self._chains: set[Chain] = set()
         worker.own(ring, self._told, poller)
+
+    @property
+    def header(self) -> int:
+        """Bytes that a request begins with, before the driver's data."""
+        return int(self.worker.ports[self.port]["header"])
+
+    @header.setter
+    def header(self, size: int) -> None:
+        if size != self.header:
+            with self.worker.paused():
+                self.worker.ports[self.port]["header"] = size
 
     @property
     def in_flight(self) -> int:
@@ -128,7 +140,7 @@ class RequestQueue(WorkerPlace):
         with self.worker.paused():
             self.worker.ports[self.port]["orphan"] = 1
             self.worker.ports[self.port]["held_back"] = 1
-        for head in self._parked:
+        for head, _ in self._parked:
             self.disk_worker.finish(self.ring, head, 0)
         self._parked.clear()
 
@@ -145,8 +157,8 @@ class RequestQueue(WorkerPlace):
         if self._parked:
             self._poller.call_soon_threadsafe(self._try_again)
 
-    def finish(self, chain: Chain, written: int) -> None:
-        """A chain of Python's is done with: its response and data are written."""
+    def finish(self, chain: Chain, written: int, counted: Counted | None = None) -> None:
+        """A chain of Python's is done with: its response and data are written. `counted`: what it counts as."""
         if chain not in self._chains:
             _log.error("%s: chain %d was finished before", self.name, chain.head)
             return
@@ -157,7 +169,7 @@ class RequestQueue(WorkerPlace):
             self._owner.chain_ended(chain)
             return
         log_chain(self.record, chain, written)
-        self.disk_worker.finish(self.ring, chain.head, written)
+        self.disk_worker.finish(self.ring, chain.head, written, counted)
         self._owner.chain_ended(chain)
 
     def close(self) -> None:
@@ -181,7 +193,7 @@ class RequestQueue(WorkerPlace):
                 _log.debug(
                     "%s: chain %d: the host said %s", self.name, head, errno.errorcode.get(extra, extra)
                 )
-            self._begin(head)
+            self._begin(head, extra if kind == layout.TODO_CHAIN else time.monotonic_ns())
 
     def _stays(self) -> bool:
         if self.in_flight:
@@ -195,10 +207,10 @@ class RequestQueue(WorkerPlace):
 
     def _try_again(self) -> None:
         parked, self._parked = self._parked, []
-        for head in parked:
-            self._begin(head)
+        for head, since in parked:
+            self._begin(head, since)
 
-    def _begin(self, head: int) -> None:
+    def _begin(self, head: int, since: int) -> None:
         # A copy, for the loop has the record; what a walk reads of it only changes on this thread.
         self._walk[0] = self.record
         record = self._walk[0]
@@ -208,7 +220,7 @@ class RequestQueue(WorkerPlace):
         if walk(record, head, base, iov, base + blocks.BATCH_SCRATCH) < 0:
             if record["fault"] == blocks.IOTLB_MISS:
                 # It was there when the loop took the chain.
-                self._parked.append(head)
+                self._parked.append((head, since))
                 self._owner.queue_waits(self, int(record["fault_a"]) & _WORD, int(record["fault_b"]))
                 return
             # It was whole when the loop took it: the guest has changed it, or its memory has gone.
@@ -217,4 +229,4 @@ class RequestQueue(WorkerPlace):
             return
         chain = chain_in(base, record)
         self._chains.add(chain)
-        self._handler(self, chain)
+        self._handler(self, chain, since)

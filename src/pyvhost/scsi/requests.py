@@ -15,6 +15,9 @@ from pyvhost.scsi.task import Attribute, Outcome, Task
 from pyvhost.vhost.chains import Chain
 
 HEADER_BYTES: Final = 51
+CDB_BYTES: Final = 32
+#: With T10_PI negotiated: pi_bytesout and pi_bytesin come before the CDB.
+PROTECTED_HEADER_BYTES: Final = 59
 RESPONSE_BYTES: Final = 108
 #: Logical unit numbers in flat form have 14 bits (SAM-5, 4.7.7.3).
 MAX_LUN: Final = 0x3FFF
@@ -77,25 +80,36 @@ class Request:
     priority: int
     crn: int
     cdb: bytes
+    #: Where data begin: behind the header and the response, and protection information that nobody asked for.
+    out_at: int = HEADER_BYTES
+    in_at: int = RESPONSE_BYTES
 
     @classmethod
-    def parse(cls, chain: Chain) -> Request | None:
-        """The request in a chain; None: it is too short for its header, or has no room for a response."""
-        raw = chain.read(HEADER_BYTES)
-        if len(raw) < HEADER_BYTES or sum(map(len, chain.writable)) < RESPONSE_BYTES:
+    def parse(cls, chain: Chain, *, protected: bool = False) -> Request | None:
+        """The request in a chain; None: it is too short for its header, or has no room for a response.
+
+        `protected`: T10_PI was negotiated. No unit has protection information, so that what comes along is skipped.
+        """
+        size = PROTECTED_HEADER_BYTES if protected else HEADER_BYTES
+        raw = chain.read(size)
+        if len(raw) < size or sum(map(len, chain.writable)) < RESPONSE_BYTES:
             return None
         tag = int.from_bytes(raw[8:16], chain.byteorder)
-        return cls(chain, raw[:8], tag, raw[16], raw[17], raw[18], raw[19:HEADER_BYTES])
+        out_at, in_at = size, RESPONSE_BYTES
+        if protected:
+            out_at += int.from_bytes(raw[19:23], chain.byteorder)
+            in_at += int.from_bytes(raw[23:27], chain.byteorder)
+        return cls(chain, raw[:8], tag, raw[16], raw[17], raw[18], raw[size - CDB_BYTES :], out_at, in_at)
 
     @property
     def data_out(self) -> list[memoryview]:
         """Where data of the driver's lie."""
-        return skip(self.chain.readable, HEADER_BYTES)
+        return skip(self.chain.readable, self.out_at)
 
     @property
     def data_in(self) -> list[memoryview]:
         """Where data for the driver go."""
-        return skip(self.chain.writable, RESPONSE_BYTES)
+        return skip(self.chain.writable, self.in_at)
 
     @property
     def task_attribute(self) -> Attribute:
@@ -120,7 +134,8 @@ class Request:
             + bytes(2)
             + bytes([task.status, code])
         )
-        return self._write(head + sense.ljust(96, b"\0"), task.transferred_in)
+        before = self.in_at - RESPONSE_BYTES if task.transferred_in else 0
+        return self._write(head + sense.ljust(96, b"\0"), before + task.transferred_in)
 
     def _write(self, response: bytes, data: int) -> int:
         return self.chain.write(response[:RESPONSE_BYTES]) + data

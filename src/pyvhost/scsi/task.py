@@ -93,6 +93,8 @@ class Task:
         self.outcome: Outcome | None = None
         self.status = Status.GOOD
         self.sense = b""
+        #: The sense key, if the status is CHECK CONDITION.
+        self.key: sensing.Key | None = None
         #: Bytes that were really moved.
         self.transferred_out = 0
         self.transferred_in = 0
@@ -170,6 +172,7 @@ class Task:
 
     def check(self, sense: sensing.Sense) -> None:
         """End with CHECK CONDITION."""
+        self.key = sense.key
         self.finish(Status.CHECK_CONDITION, self.encode(sense))
 
     def abort(self, outcome: Outcome = Outcome.ABORTED, status: Status | None = None) -> None:

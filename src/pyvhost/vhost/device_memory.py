@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 
@@ -285,11 +285,14 @@ class DeviceMemory(ABC):
             old = self._memory.use_table(table)
             for vring in self._running():
                 self._rings.locate(vring, again=True)
-        self._retire(old)
+        self._after_what_is_under_way(old.close)
 
-    def _retire(self, table: MemoryTable) -> None:
-        """Closes a memory table that no ring has any more. A device whose chains outlive a pause waits for them."""
-        table.close()
+    def _after_what_is_under_way(self, done: Callable[[], object]) -> None:
+        """Calls `done` when nobody uses memory that rings have just lost; a pause of theirs is over by now.
+
+        A device whose chains outlive a pause waits for those that were begun before.
+        """
+        done()
 
     @staticmethod
     def _check_fd(what: str, name: str, fd: int) -> None:
@@ -304,7 +307,7 @@ class DeviceMemory(ABC):
 
     def _forget_memory(self) -> None:
         """Everything as new; nothing runs any more."""
-        self._retire(self._memory.close())
+        self._after_what_is_under_way(self._memory.close().close)
         close_all([self._memory.log_fd])
         self._memory.log_fd = -1
         self._misses.forget()

@@ -22,10 +22,10 @@ import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pyvhost.abi import vhost as abi
-from pyvhost.host import user_memory
+from pyvhost.host import fds, user_memory
 from pyvhost.vhost import ioctls, messages
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.kernel_device import KernelDevice
@@ -35,6 +35,7 @@ FIONCLEX: Final = 0x5450
 FIOCLEX: Final = 0x5451
 FIONBIO: Final = 0x5421
 
+_T = TypeVar("_T")
 _MASK: Final = (1 << 64) - 1
 _MODES: Final = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
@@ -106,10 +107,8 @@ class Handle:
         self._device: KernelDevice | None = device
         self._lock = threading.RLock()
         self._mode = flags & _MODES
-        # An epoll set polls as the character device does: readable while a miss waits, and nothing else ever.
-        self._epoll = select.epoll()
-        self._epoll.register(device.iotlb_fd, select.EPOLLIN)
-        os.set_blocking(self._epoll.fileno(), not flags & os.O_NONBLOCK)
+        self._fd = _file(device)
+        os.set_blocking(self._fd, not flags & os.O_NONBLOCK)
         self._process = os.getpid()
 
     @property
@@ -123,14 +122,14 @@ class Handle:
         return self._device is None
 
     def fileno(self) -> int:
-        """A descriptor to poll: readable (POLLIN) while `read` would give an IOTLB message.
+        """A descriptor to poll: readable (POLLIN) while `read` would give an IOTLB message; always if there are none.
 
         os.set_blocking() of it says whether `read` waits. It is this object's to close, and not to be read.
         ValueError: closed.
         """
         if self._device is None:
             raise ValueError("it is closed")
-        return self._epoll.fileno()
+        return self._fd
 
     def ioctl(self, request: int, argument: Any = None, mutate_flag: bool = True) -> int | bytes:
         """What `fcntl.ioctl(fd, request, argument, mutate_flag)` does with the kernel's device.
@@ -155,9 +154,9 @@ class Handle:
         """The next IOTLB message: 72 bytes, or b"" where `size` is less.
 
         It waits for one unless the descriptor is non-blocking: then OSError EAGAIN. EBADFD: there is no IOTLB to
-        wait for. EBADF: closed, or opened to be written alone.
+        wait for. EBADF: closed, or opened to be written alone. EINVAL: such a device has no messages.
         """
-        self._may(os.O_WRONLY, "read")
+        self._has_messages(self._may(os.O_WRONLY, "read"))
         if size < ctypes.sizeof(abi.Msg):
             return b""
         while True:
@@ -166,11 +165,11 @@ class Handle:
                 message = messages.read(device)
                 if message is not None:
                     return message
-                if not os.get_blocking(self._epoll.fileno()):
+                if not os.get_blocking(self._fd):
                     raise BlockingIOError(errno.EAGAIN, f"{device.name}: no IOTLB message waits")
                 if not device.has_iotlb:
                     raise VhostError(errno.EBADFD, f"{device.name}: it has no IOTLB to wait for")
-                wait = os.dup(self._epoll.fileno())
+                wait = os.dup(self._fd)
             try:
                 # A short look at a time: another thread may close the device, or take the IOTLB away.
                 select.select([wait], [], [], _PATIENCE)
@@ -183,7 +182,7 @@ class Handle:
         OSError EINVAL: it is too short, of no known kind, or an UPDATE of nothing; EFAULT: no IOTLB, an address
         that can't be, or a message that is the device's to send. EBADF: closed, or opened to be read alone.
         """
-        self._may(os.O_RDONLY, "write")
+        self._has_messages(self._may(os.O_RDONLY, "write"))
         with memoryview(data) as view:
             raw = view.tobytes()
         with self._lock:
@@ -197,10 +196,10 @@ class Handle:
             device, self._device = self._device, None
             if device is None:
                 return
-            self._epoll.close()
+            fds.close(self._fd)
             # A child's copy has no worker that it could stop.
             if os.getpid() == self._process:
-                device.close()
+                self._call(device, device.close)
 
     def __enter__(self) -> Handle:
         return self
@@ -214,6 +213,12 @@ class Handle:
         device = getattr(self, "_device", None)
         # When the interpreter ends there are no workers left that could stop, and nothing is left to them.
         if device is None or sys.is_finalizing():
+            return
+        if device.control is not None and os.getpid() == self._process:
+            # The collector may run on a thread that the device waits for.
+            self._device = None
+            fds.close(self._fd)
+            device.control.post(device.close)
             return
         try:
             self.close()
@@ -236,12 +241,12 @@ class Handle:
                     device.require_no_owner()
                 self._own_process(device)
             try:
-                return ioctls.perform(device, request, argument)
+                return self._call(device, lambda: ioctls.perform(device, request, argument))
             finally:
                 argument.give_back()
 
     def _everyones(self, request: int) -> Callable[[_Pointer | _Buffer], None] | None:
-        fd = self._epoll.fileno()
+        fd = self._fd
         if request == FIONBIO:
             return lambda argument: os.set_blocking(fd, not ioctls.number(argument, 4))
         if request in (FIOCLEX, FIONCLEX):
@@ -253,10 +258,22 @@ class Handle:
             raise OSError(errno.EBADF, "it is closed")
         return self._device
 
-    def _may(self, unless: int, what: str) -> None:
+    def _may(self, unless: int, what: str) -> KernelDevice:
         device = self._open()
         if self._mode == unless:
             raise OSError(errno.EBADF, f"{device.name}: it was not opened to {what}")
+        return device
+
+    @staticmethod
+    def _has_messages(device: KernelDevice) -> None:
+        if not device.has_messages:
+            raise VhostError(errno.EINVAL, f"{device.name}: it has no IOTLB, and no messages")
+
+    def _call(self, device: KernelDevice, function: Callable[[], _T]) -> _T:
+        """On the thread that the device's methods belong to; a child's copy is only asked what harms nobody."""
+        if device.control is None or os.getpid() != self._process:
+            return function()
+        return device.control.call(function)
 
     def _own_process(self, device: KernelDevice) -> None:
         """EPERM: this is a forked child, and the rings are its parent's."""
@@ -264,7 +281,26 @@ class Handle:
             raise VhostError(errno.EPERM, f"{device.name}: process {self._process} has it, not its child")
 
 
+def _file(device: KernelDevice) -> int:
+    """A descriptor that polls as the character device does."""
+    if not device.has_messages:
+        # Always ready both ways, and none for an epoll set: as any device without a way to poll it.
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    # An epoll set: readable while a miss waits, and nothing else ever.
+    with select.epoll() as epoll:
+        epoll.register(device.iotlb_fd, select.EPOLLIN)
+        return fcntl.fcntl(epoll.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+
+
 #: What a child may ask of its copy: it only reads.
-_HARMLESS: Final = frozenset({abi.GET_FEATURES, abi.GET_BACKEND_FEATURES, abi.GET_FEATURES_ARRAY})
+_HARMLESS: Final = frozenset(
+    {
+        abi.GET_FEATURES,
+        abi.GET_BACKEND_FEATURES,
+        abi.GET_FEATURES_ARRAY,
+        abi.SCSI_GET_ABI_VERSION,
+        abi.SCSI_GET_EVENTS_MISSED,
+    }
+)
 #: Seconds.
 _PATIENCE: Final = 0.1

@@ -31,6 +31,7 @@ _DESC_AT: Final = 16
 _DESC_BYTES: Final = 16
 _NEXT_AT: Final = 6
 _COUNTER_AT: Final = 8
+_COUNTERS: Final = (1 << 64) - 1
 _VERSION: Final = 1
 _ALIGN: Final = 64
 
@@ -59,11 +60,15 @@ class Inflight:
 
 @dataclass(frozen=True)
 class Recovered:
-    """Where a vring goes on: its region's address, the heads that come first, the next available index."""
+    """Where a vring goes on: its region's address, the heads that come first, the next available index.
+
+    `taken`: the counter of the next chain that is taken, above all that are there.
+    """
 
     address: int
     heads: Sequence[int]
     base: int
+    taken: int = 0
 
 
 class InflightArea:
@@ -130,9 +135,13 @@ class InflightArea:
             store16(address + _USED_IDX_AT, used_idx)
         states = ctypes.string_at(address + _DESC_AT, min(desc_num, num) * _DESC_BYTES)
         taken = [head for head in range(len(states) // _DESC_BYTES) if states[head * _DESC_BYTES] == 1]
-        counters = {head: load64(address + _DESC_AT + head * _DESC_BYTES + _COUNTER_AT) for head in taken}
-        heads = sorted(taken, key=lambda head: counters[head] & 0xFFFFFFFFFFFFFFFF)
-        return Recovered(address, heads, (used_idx + len(heads)) & 0xFFFF)
+        counters = {
+            head: load64(address + _DESC_AT + head * _DESC_BYTES + _COUNTER_AT) & _COUNTERS for head in taken
+        }
+        heads = sorted(taken, key=lambda head: counters[head])
+        # As the signed number that a record has: whoever wrote the region may have counted as far as it goes.
+        following = ctypes.c_int64(max(counters.values(), default=-1) + 1).value
+        return Recovered(address, heads, (used_idx + len(heads)) & 0xFFFF, following)
 
     def close(self) -> None:
         """Unmaps it."""

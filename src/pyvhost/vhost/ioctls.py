@@ -60,18 +60,19 @@ def put(argument: Argument, value: int, size: int) -> None:
 def perform(device: KernelDevice, request: int, argument: Argument) -> int:
     """Does what an ioctl asks for; its result, which is 0. OSError: the kernel's errno for what is wrong."""
     request &= 0xFFFFFFFF
-    own = device.ioctls.get(request) or _ANYBODY.get(request)
+    known = request not in device.unknown
+    own = device.ioctls.get(request) or (_ANYBODY.get(request) if known else None)
     if own is not None:
         own(device, argument)
         return 0
     device.require_owner()
-    whole = _DEVICE.get(request)
+    whole = _DEVICE.get(request) if known else None
     if whole is not None:
         whole(device, argument)
         return 0
     index = number(argument, 4)
     device.require_vring(index)
-    ring = _VRING.get(request)
+    ring = _VRING.get(request) if known else None
     if ring is None:
         raise VhostError(errno.ENOTTY, f"{device.name}: ioctl {request:#010x} is none of its")
     ring(device, index, argument)

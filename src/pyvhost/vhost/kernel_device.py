@@ -20,6 +20,7 @@ from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.dataplane import guard
 from pyvhost.host import maps, user_memory
+from pyvhost.host.control_thread import ControlThread
 from pyvhost.memory.dirty_log import DirtyLog
 from pyvhost.memory.regions import MemoryRegion
 from pyvhost.vhost.device import Device
@@ -36,14 +37,20 @@ class KernelDevice(Device):
 
     #: What a device type has of its own: request numbers, and what to do with the argument. No owner is asked for.
     ioctls: ClassVar[Mapping[int, Callable[[Any, Any], None]]] = {}
+    #: Of the ioctls that all types have: those that this one has not.
+    unknown: ClassVar[frozenset[int]] = frozenset()
+    #: Whether IOTLB messages are read from it and written to it.
+    has_messages: ClassVar[bool] = True
+    #: The thread that its methods belong to; None: any, one at a time.
+    control: ControlThread | None = None
     max_mem_slots = MAX_REGIONS
     keeps_iotlb = True
     #: What GET_BACKEND_FEATURES answers.
     backend_features: ClassVar[int] = 1 << abi.BACKEND_F_IOTLB_MSG_V2
 
-    def __init__(self, name: str, vring_count: int) -> None:
+    def __init__(self, name: str, vring_count: int, busyloop_timeout: int = 0) -> None:
         self.usable_memory = maps.usable
-        super().__init__(name, vring_count)
+        super().__init__(name, vring_count, busyloop_timeout)
         #: Who calls: the number of a process. A transport that serves other processes says which one.
         self.caller: Callable[[], int] = os.getpid
         #: FORK_OWNER_*: whose children the kernel's workers are. Ours are threads of this process either way.
@@ -296,6 +303,17 @@ class KernelDevice(Device):
         # As the kernel: from now on it is ours to ask for kicks.
         user_memory.write(used, bytes(2))
         user_memory.read(used, 4)
+
+    def bind_all(self) -> None:
+        """Serves all rings, with no look at what is there of them; one that was never set up as soon as it is."""
+        guard.install(lent=True)
+        self._bound.update(range(len(self.vrings)))
+        self._look_again()
+        for vring in self.vrings:
+            if vring.desc or vring.avail or vring.used:
+                self.set_vring_running(vring.index, True)
+            else:
+                vring.wanted = True
 
     def bind(self, index: int, *, look: bool) -> None:
         """Serves a ring that is prepared; `look`: at once, and not at its next kick."""

@@ -278,6 +278,7 @@ class Rings:
                 heads = np.array([*recovered.heads, 0], np.int64)
                 self._replays[vring.index] = heads
                 record["inflight"] = recovered.address
+                record["taken"] = recovered.taken
                 record["replay"] = heads.ctypes.data
                 record["replay_left"] = len(heads) - 1
         record["last_avail"] = record["seen_avail"] = vring.base

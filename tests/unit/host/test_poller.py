@@ -298,3 +298,19 @@ def test_calls_into_a_closed_loop_are_lost_quietly() -> None:
     poller.close()
     poller.call_soon_threadsafe(lambda: None)
     poller.stop()
+
+
+def test_a_call_that_waits_makes_the_calls_behind_it() -> None:
+    """And the round that it was in does not look for them."""
+    with Poller() as poller:
+        done: list[str] = []
+
+        def waits() -> None:
+            assert poller.run_inner(lambda: "second" in done, 5.0)
+            done.append("first")
+
+        poller.call_soon_threadsafe(waits)
+        poller.call_soon_threadsafe(lambda: done.append("second"))
+        poller.call_soon_threadsafe(lambda: done.append("third"))
+        poller.run_once(0)
+        assert done == ["second", "third", "first"]

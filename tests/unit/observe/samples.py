@@ -21,6 +21,7 @@ DISK_FIELDS = (
     "errors",
     "reads",
     "writes",
+    "others",
     "read_bytes",
     "written_bytes",
     *(f"latency_{i}" for i in range(24)),
@@ -28,9 +29,9 @@ DISK_FIELDS = (
 
 
 def disk(device: str, lun: str, store: str = "a.img", generation: int = 1, **values: int) -> Row:
-    """A logical unit's row."""
+    """A logical unit's row, without a sum of the latencies unless it is named, as older files have it."""
     labels = {"device": device, "kind": "scsi", "queue": lun, "backend": store}
-    return Row(labels, generation, {name: values.get(name, 0) for name in (*FIELDS, *DISK_FIELDS)})
+    return Row(labels, generation, {name: values.get(name, 0) for name in (*FIELDS, *DISK_FIELDS, *values)})
 
 
 def process(*rows: Row, pid: int = 100, started: float = 1000.0) -> Process:

@@ -116,11 +116,14 @@ def test_every_counter_of_the_data_plane_has_a_meaning() -> None:
 DISKS = snapshot(
     14,
     process(
-        disk("vm0", "0:0", reads=30, writes=10, read_bytes=4096, errors=1, latency_3=30, latency_23=10),
+        disk(
+            "vm0", "0:0", reads=30, writes=10, read_bytes=4096, errors=1, latency_3=30, latency_23=10,
+            latency_ns=50_000_000_000,
+        ),
         row("vm0", "rx0", packets=1),
     ),
-)
-DISKS_BEFORE = snapshot(12, process(disk("vm0", "0:0", reads=10, latency_3=10)))
+)  # fmt: skip
+DISKS_BEFORE = snapshot(12, process(disk("vm0", "0:0", reads=10, latency_3=10, latency_ns=60_000)))
 
 
 def test_json_of_a_disk() -> None:
@@ -129,6 +132,7 @@ def test_json_of_a_disk() -> None:
     assert lun["counters"] == {
         "reads": 30,
         "writes": 10,
+        "others": 0,
         "read_bytes": 4096,
         "written_bytes": 0,
         "errors": 1,
@@ -137,7 +141,8 @@ def test_json_of_a_disk() -> None:
     assert lun["latency_buckets"] == [0, 0, 0, 30, *[0] * 19, 10]
     assert lun["latency_us"]["p50"] == 4 + 4 * 15 / 20, "of the 30 since the look before"
     assert lun["latency_us"]["p99"] > 2**22
-    assert lun["queue_depth"] > 0
+    assert lun["latency_us"]["mean"] == (50_000_000 - 60) / 30
+    assert lun["queue_depth"] == (50_000_000 - 60) / 1e6 / 2
     assert "packets_per_batch" not in lun
     assert "reads" not in queue["counters"]
 
@@ -150,7 +155,12 @@ def test_prometheus_has_a_histogram_of_a_disk() -> None:
     finally:
         server.shutdown()
         server.server_close()
-    buckets = [(one.labels["le"], one.value) for one in families["pyvhost_latency_seconds"].samples]
+    samples = families["pyvhost_latency_seconds"].samples
+    buckets = [(one.labels["le"], one.value) for one in samples if one.name.endswith("_bucket")]
+    assert {one.name: one.value for one in samples if not one.name.endswith("_bucket")} == {
+        "pyvhost_latency_seconds_count": 40,
+        "pyvhost_latency_seconds_sum": 50,
+    }
     assert buckets[2:4] == [("4e-06", 0), ("8e-06", 30)]
     assert buckets[-2:] == [("4.194304", 30), ("+Inf", 40)]
     (reads,) = families["pyvhost_reads"].samples

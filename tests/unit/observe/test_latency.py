@@ -39,4 +39,5 @@ def test_a_percentile_lies_where_the_operation_lay(counts: list[int], part: floa
 
 
 def test_all_together() -> None:
-    assert total_us([2, 0, 4]) == pytest.approx(2 * 0.5 + 4 * 3)
+    assert total_us({"latency_0": 2, "latency_1": 0, "latency_2": 4}) == pytest.approx(2 * 0.5 + 4 * 3)
+    assert total_us({"latency_0": 2, "latency_ns": 1234}) == pytest.approx(1.234), "as it was counted"

@@ -115,3 +115,15 @@ def test_what_a_disk_does() -> None:
     (alone,) = queues(snapshot(12, process(then)))
     assert (alone.iops(), alone.throughput(), alone.depth()) == (None, None, None)
     assert alone.percentile(0.1) is not None
+
+
+def test_latencies_that_were_added_up() -> None:
+    before = snapshot(10, process(disk("vm0", "0:0", latency_3=10, latency_ns=50_000)))
+    then = disk("vm0", "0:0", latency_3=40, latency_ns=50_000 + 30 * 5_000)
+    (now,) = queues(snapshot(12, process(then)), before)
+    assert now.mean() == pytest.approx(5.0)
+    assert now.depth() == pytest.approx(30 * 5e-6 / 2)
+    (idle,) = queues(snapshot(13, process(then)), snapshot(12, process(then)))
+    assert idle.mean() == pytest.approx(5.0), "of all its life"
+    (new,) = queues(snapshot(13, process(disk("vm0", "0:0", latency_ns=0))))
+    assert new.mean() is None

@@ -164,7 +164,7 @@ DISKS = snapshot(
     process(
         disk(
             "vm0", "0:0", reads=60_000, writes=40_000, read_bytes=245_760_000, written_bytes=163_840_000,
-            latency_7=100_000,
+            latency_7=100_000, latency_ns=9_000_000_000,
         ),
         disk("vm0", "0:1", "nbd://b", reads=1, errors=2, latency_11=1),
         disk("vm0", "req0", "-", kicks=500),
@@ -178,10 +178,10 @@ def test_disks_have_a_table_of_their_own() -> None:
         " ".join(line.split()) for line in text(render(DISKS, DISKS_BEFORE)).splitlines() if line.strip()
     ]
     assert lines[0] == (
-        "device store LUN IOPS bytes/s reads/s read/s writes/s written/s p50 p99 depth errors"
+        "device store LUN IOPS bytes/s reads/s read/s writes/s written/s mean p50 p99 depth errors"
     )
-    assert lines[2] == "vm0 a.img 0:0 100 k 410 M 60.0 k 246 M 40.0 k 164 M 96.0 us 127 us 9.60 0"
-    assert lines[3] == "nbd://b 0:1 1.0 0 1.0 0 0 0 1.54 ms 2.04 ms 0.002 2.0"
+    assert lines[2] == "vm0 a.img 0:0 100 k 410 M 60.0 k 246 M 40.0 k 164 M 90.0 us 96.0 us 127 us 9.00 0"
+    assert lines[3] == "nbd://b 0:1 1.0 0 1.0 0 0 0 1.54 ms 1.54 ms 2.04 ms 0.002 2.0"
     assert lines[7].startswith("vm0 - req0 0")
     assert lines[-1] == "1 process, 2 devices: 100 k IOPS, 410 MB/s; 10 packets/s, 800 bit/s"
 

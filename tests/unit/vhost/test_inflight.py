@@ -75,6 +75,27 @@ def test_a_region_that_nobody_has_used_goes_on_where_the_front_end_says() -> Non
     assert struct.unpack_from("<HHHH", region.content, 8) == (1, 8, 7, 500)
 
 
+def test_what_is_taken_next_counts_as_later_than_what_was_left() -> None:
+    """Else a second death in a row would have the chains of the first life come after those of the second."""
+    region = (
+        Region(8).head(1, 8, 8, 0).state(2, 1, counter=71).state(5, 1, counter=70).state(6, 0, counter=99)
+    )
+    with area_of(region) as area:
+        recovered = area.recover(0, 8, 0, 0)
+    assert recovered is not None
+    assert (list(recovered.heads), recovered.taken) == ([5, 2], 72)
+
+
+@pytest.mark.parametrize("last", [(1 << 63) - 1, (1 << 64) - 1])
+def test_a_counter_that_goes_no_further_is_no_harm(last: int) -> None:
+    region = Region(8).head(1, 8, 8, 0).state(2, 1, counter=last)
+    with area_of(region) as area:
+        recovered = area.recover(0, 8, 0, 0)
+    assert recovered is not None
+    assert list(recovered.heads) == [2]
+    assert -(1 << 63) <= recovered.taken < 1 << 63
+
+
 def test_chains_come_in_the_order_in_which_they_were_taken() -> None:
     dice = random.Random(3)
     order = dice.sample(range(8), 5)
