@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from pyvhost.abi import virtio
@@ -24,6 +26,11 @@ from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.vring import Place
 from pyvhost.vhost.worker import Int64s
 from pyvhost.vsock.connections import Connections
+from pyvhost.vsock.ends.base import Ends, Guest, Host
+from pyvhost.vsock.ends.forward import ForwardEnds
+from pyvhost.vsock.ends.siblings import SiblingEnds
+from pyvhost.vsock.ends.streams import StreamEnds
+from pyvhost.vsock.ends.unix import UnixEnds
 from pyvhost.vsock.link import Link
 from pyvhost.vsock.plane import LEAST, Plane
 
@@ -47,12 +54,12 @@ _MOST_CID: Final = (1 << 32) - 2
 
 
 class VsockDevice(Device):
-    """Sockets for a guest.
+    """Sockets for a guest, which come from and go to the first of its ends that takes them.
 
-    `guest_cid`: 3 to 2**32 - 2. `buffer`: bytes that a connection's guest may send ahead, a power of two of 16 KiB or
-    more.
-    `group`: devices of one group, whose guests may reach each other, share a worker. ValueError: an argument that
-    can't be.
+    `guest_cid`: 3 to 2**32 - 2. `uds_path`: the guest's ports are Unix sockets there (`ends.unix`). `forward`: ports
+    of the host's own AF_VSOCK that the guest reaches. `group`: devices of one group, whose guests may reach each
+    other, share a worker. `ends`: other ends, which are asked first. `buffer`: bytes that a connection's guest may
+    send ahead, a power of two of 16 KiB or more. ValueError: an argument that can't be.
     """
 
     kind: ClassVar[str] = "vsock"
@@ -62,7 +69,10 @@ class VsockDevice(Device):
         self,
         guest_cid: int,
         *,
+        uds_path: str | os.PathLike[str] | None = None,
+        forward: Iterable[int] = (),
         group: str | None = None,
+        ends: Sequence[Ends] = (),
         max_connections: int = MAX_CONNECTIONS,
         buffer: int = BUFFER,
         busyloop_timeout: int = 0,
@@ -76,6 +86,16 @@ class VsockDevice(Device):
         super().__init__(name or f"vsock {guest_cid}", 3, busyloop_timeout=busyloop_timeout)
         self.guest_cid = guest_cid
         self.group = group
+        self._ends: list[Ends] = [*ends, StreamEnds()]
+        if forwarded := frozenset(forward):
+            for port in forwarded:
+                check_port(port)
+            self._ends.append(ForwardEnds(forwarded))
+        if uds_path is not None:
+            self._ends.append(UnixEnds(uds_path))
+        if group is not None:
+            self._ends.append(SiblingEnds())
+        self._host: Host | None = None
         self._limit = max_connections
         self._buffer = buffer
         self._link: Link | None = None
@@ -110,6 +130,9 @@ class VsockDevice(Device):
         self._connections.on_timer = self._tick
         self._events = BufferRing(f"{self.name}: event queue", poller, self._rows[EVENT])
         self._show()
+        guest = Guest(self.name, self.guest_cid, self.group, poller, self._connections)
+        self._host = Host(guest, self._ends)
+        self._host.open()
 
     @property
     def connections(self) -> Connections:
@@ -168,6 +191,9 @@ class VsockDevice(Device):
 
     def close(self) -> None:
         """Gives up rings and connections."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
         self.reset()
         if self._connections is not None:
             self._connections.stop()
@@ -219,3 +245,9 @@ def check_cid(cid: int) -> None:
     """ValueError: no guest can have this CID (5.10.4)."""
     if not _LEAST_CID <= cid <= _MOST_CID:
         raise ValueError(f"CID {cid}: a guest's go from {_LEAST_CID} to {_MOST_CID}")
+
+
+def check_port(port: int) -> None:
+    """ValueError: nobody can listen at this port."""
+    if not 0 <= port < abi.VMADDR_PORT_ANY:
+        raise ValueError(f"vsock port {port}: they go from 0 to {abi.VMADDR_PORT_ANY - 1}")
