@@ -104,6 +104,9 @@ class VsockDevice(Device):
         self._rows: list[Int64s] = []
         self._timer: Timer | None = None
         self._shown: Timer | None = None
+        #: Which of the rings have run since the last reset, and whether one had run before that, elsewhere.
+        self._seen: set[int] = set()
+        self._resumed = False
 
     def attach(self, poller: Poller) -> None:
         """Takes its place in the process's workers."""
@@ -176,6 +179,16 @@ class VsockDevice(Device):
         """Bytes of struct virtio_vsock_config (5.10.4)."""
         return bytes(abi.VsockConfig(guest_cid=self.guest_cid))[offset : offset + size]
 
+    def set_vring_running(self, index: int, running: bool) -> None:
+        """Serve a vring, or let it rest. A driver that knew another back end hears that its connections are gone."""
+        first = running and 0 <= index < len(self.vrings) and index not in self._seen
+        if first:
+            self._seen.add(index)
+            self._resumed |= self.vrings[index].base != 0
+        super().set_vring_running(index, running)
+        if first and self._resumed and len(self._seen) == len(self.vrings):
+            self.transport_reset()
+
     def transport_reset(self) -> bool:
         """Tells the guest that none of its connections is left (5.10.6.7); False: it has no buffer for that."""
         if self._events is None:
@@ -185,6 +198,8 @@ class VsockDevice(Device):
     def reset(self) -> None:
         """The driver is gone, and all connections with it."""
         super().reset()
+        self._seen.clear()
+        self._resumed = False
         if self._link is not None:
             self._link.forget_packets()
             self.connections.restart()
