@@ -33,7 +33,9 @@ class Row:
     hushed: bool = False
     #: Bytes that the guest has sent and the other end has not taken.
     unread: int = 0
+    #: `drained` was asked for, and is to be told.
     waits: bool = False
+    drain: bool = False
 
 
 class PlainCarrier:
@@ -50,6 +52,8 @@ class PlainCarrier:
         self.asked: list[str] = []
         self.commands: deque[tuple[str, int, tuple[object, ...]]] = deque()
         self.todo: deque[tuple[str, tuple[object, ...]]] = deque()
+        #: What it was asked against the contract; an exception might be taken for an end's.
+        self.wrong: list[str] = []
 
     # --- contract.Carrier ---------------------------------------------------------------------------------
 
@@ -63,25 +67,20 @@ class PlainCarrier:
 
     def attach(self, slot: int, fd: int) -> None:
         row = self._row(slot)
-        assert fd >= 0
-        assert row.fd is None
-        assert row.other is None
-        assert not row.started
+        self._must(fd >= 0 and row.fd is None and row.other is None and not row.started, "attach")
         row.fd = fd
         self._ask("attach", slot, fd)
 
     def join(self, slot: int, other: Carrier, other_slot: int) -> None:
         assert isinstance(other, PlainCarrier)
         for row, its in ((self._row(slot), (other, other_slot)), (other._row(other_slot), (self, slot))):
-            assert row.fd is None
-            assert row.other is None
-            assert not row.started
+            self._must(row.fd is None and row.other is None and not row.started, "join")
             row.other = its
         self._ask("join", slot)
 
     def send(self, slot: int, op: int, flags: int = 0) -> None:
-        assert op in (abi.OP_REQUEST, abi.OP_RESPONSE, abi.OP_SHUTDOWN, abi.OP_RST)
-        assert (flags != 0) == (op == abi.OP_SHUTDOWN)
+        self._must(op in (abi.OP_REQUEST, abi.OP_RESPONSE, abi.OP_SHUTDOWN, abi.OP_RST), f"send {op}")
+        self._must((flags != 0) == (op == abi.OP_SHUTDOWN), f"send {op} with {flags}")
         self._row(slot)
         self._ask("send", slot, op, flags)
 
@@ -89,22 +88,22 @@ class PlainCarrier:
         self._ask("reset", -1, key)
 
     def start(self, slot: int) -> None:
-        assert not self._row(slot).started
+        self._must(not self._row(slot).started, "start")
         self._row(slot).started = True
         self._ask("start", slot)
 
     def when_drained(self, slot: int) -> None:
-        assert self._row(slot).started
+        self._must(self._row(slot).started and not self._row(slot).waits, "when_drained")
+        self._row(slot).waits = True
         self._ask("when_drained", slot)
 
     def hush(self, slot: int) -> None:
-        assert self._row(slot).started
-        assert not self._row(slot).hushed
+        self._must(self._row(slot).started and not self._row(slot).hushed, "hush")
         self._row(slot).hushed = True
         self._ask("hush", slot)
 
     def message(self, slot: int) -> None:
-        assert self._row(slot).key.type == abi.TYPE_SEQPACKET
+        self._must(self._row(slot).key.type == abi.TYPE_SEQPACKET, "message")
         self._ask("message", slot)
 
     def close(self, slot: int) -> None:
@@ -141,7 +140,7 @@ class PlainCarrier:
                 assert key not in self.table, "two connections of one name"
                 self.table[key] = slot
             elif what == "when_drained":
-                self.rows[slot].waits = True
+                self.rows[slot].drain = True
                 self._drain(slot)
             elif what == "close":
                 del self.table[self.rows[slot].key]
@@ -168,13 +167,18 @@ class PlainCarrier:
     def got(self) -> list[Sent]:
         """What the guest got since the last time."""
         self.settle()
+        assert not self.wrong
         wire, self.wire = self.wire, []
         return wire
 
     def _row(self, slot: int) -> Row:
         row = self.rows[slot]
-        assert not row.closed, "asked of a connection that was closed"
+        self._must(not row.closed, "something of a connection that was closed")
         return row
+
+    def _must(self, right: bool, what: str) -> None:
+        if not right:
+            self.wrong.append(what)
 
     def _ask(self, what: str, slot: int, *rest: object) -> None:
         self.asked.append(what)
@@ -182,8 +186,8 @@ class PlainCarrier:
 
     def _drain(self, slot: int) -> None:
         row = self.rows[slot]
-        if row.waits and row.unread == 0:
-            row.waits = False
+        if row.drain and row.unread == 0:
+            row.drain = False
             self.todo.append(("drained", (slot,)))
 
 
@@ -203,7 +207,6 @@ class PlainEnd:
         self._note("refused")
 
     def shutdown(self, flags: int) -> None:
-        assert f"shutdown {flags}" not in self.told
         self._note(f"shutdown {flags}")
 
     def ended(self) -> int:
@@ -217,8 +220,13 @@ class PlainEnd:
         """Whether it has had its last word."""
         return bool(self.told) and self.told[-1] in ("refused", "reset", "closed")
 
+    @property
+    def right(self) -> bool:
+        """Whether each thing was told once, and nothing after the last word."""
+        last = [what for what in self.told if what in ("refused", "reset", "closed")]
+        return len(set(self.told)) == len(self.told) and len(last) <= 1 and (not last or self.over)
+
     def _note(self, what: str) -> None:
-        assert not self.over, f"{what} after {self.told[-1]}"
         self.told.append(what)
 
 
@@ -253,6 +261,7 @@ class Scene:
     def nothing_left(self) -> None:
         """Neither connections nor slots nor anything that is waited for."""
         self.carrier.settle()
+        assert not self.carrier.wrong
         assert len(self.connections) == 0
         assert self.carrier.rows == {}
         assert self.carrier.table == {}

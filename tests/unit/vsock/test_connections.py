@@ -146,6 +146,7 @@ def test_an_end_may_reset_what_was_accepted() -> None:
     class Gone(PlainEnd):
         def accepted(self) -> None:
             super().accepted()
+            assert connection is not None
             connection.reset()
 
     end = Gone()
