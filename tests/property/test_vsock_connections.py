@@ -328,4 +328,4 @@ class TwoGuests(RuleBasedStateMachine):
 
 
 TestTwoGuests = TwoGuests.TestCase
-TestTwoGuests.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestTwoGuests.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
