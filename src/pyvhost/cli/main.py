@@ -1,4 +1,4 @@
-"""The command `pyvhost` and its parts, `pyvhost-net` and `pyvhost-scsi` among them.
+"""The command `pyvhost` and its parts, `pyvhost-net`, `pyvhost-scsi` and `pyvhost-vsock` among them.
 
 Promises: a command that does not serve imports no Numba; what the user got wrong is one line on standard error
 and exit status 2, what the host refuses is one line and status 1.
@@ -21,6 +21,7 @@ from pyvhost.host.errors import words
 COMMANDS: Final = (
     ("net", "pyvhost.cli.net", "serve network cards to guests"),
     ("scsi", "pyvhost.cli.scsi", "serve disks to a guest"),
+    ("vsock", "pyvhost.cli.vsock", "serve sockets to guests"),
     ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
     ("demo", "pyvhost.cli.demo", "boot guests and watch them use network cards that are served here"),
     ("top", "pyvhost.cli.top", "watch what is served"),
@@ -113,6 +114,11 @@ def main_net(arguments: Sequence[str] | None = None) -> int:
 def main_scsi(arguments: Sequence[str] | None = None) -> int:
     """`pyvhost-scsi`: `pyvhost scsi`."""
     return _main_of("scsi", arguments)
+
+
+def main_vsock(arguments: Sequence[str] | None = None) -> int:
+    """`pyvhost-vsock`: `pyvhost vsock`."""
+    return _main_of("vsock", arguments)
 
 
 if __name__ == "__main__":
