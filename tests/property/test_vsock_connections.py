@@ -141,6 +141,23 @@ class TwoGuests(RuleBasedStateMachine):
             self._send(theirs, Key(type, key.peer_port, CIDS[guest], port), abi.OP_RESPONSE, 0)
             self._settle(theirs)
 
+    @rule(
+        guest=guests, which=any_number, flags=st.integers(1, BOTH), unread=st.booleans(), gone=st.booleans()
+    )
+    def shuts_down(self, guest: int, which: int, flags: int, unread: bool, gone: bool) -> None:
+        """A guest that has or has not been read to the end shuts down, and perhaps waits for nothing."""
+        carrier = self.scenes[guest].carrier
+        started = [slot for slot in carrier.table.values() if carrier.rows[slot].started]
+        if not started:
+            return
+        row = carrier.rows[started[which % len(started)]]
+        row.unread += unread
+        carrier.guest(row.key, abi.OP_SHUTDOWN, flags)
+        if gone:
+            carrier.guest(row.key, abi.OP_RST)
+        while carrier.todo:
+            self._tell(carrier)
+
     @rule(guest=guests, port=st.sampled_from(PORTS), whim=any_number)
     def is_called(self, guest: int, port: int, whim: int) -> None:
         """A connection of the host's to a guest, made without any delay."""
@@ -269,10 +286,11 @@ class TwoGuests(RuleBasedStateMachine):
             due = scene.connections.tick()
             assert due is None or due > 0
 
-    @rule(guest=guests)
-    def restarts(self, guest: int) -> None:
+    @rule(guest=guests, seldom=st.integers(0, 7))
+    def restarts(self, guest: int, seldom: int) -> None:
         """One of them boots."""
-        self.scenes[guest].connections.restart()
+        if seldom == 7:
+            self.scenes[guest].connections.restart()
 
     # --- what holds -----------------------------------------------------------------------------------------
 
