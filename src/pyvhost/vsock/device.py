@@ -56,18 +56,21 @@ _MOST_CID: Final = (1 << 32) - 2
 class VsockDevice(Device):
     """Sockets for a guest, which come from and go to the first of its ends that takes them.
 
-    `guest_cid`: 3 to 2**32 - 2. `uds_path`: the guest's ports are Unix sockets there (`ends.unix`). `forward`: ports
-    of the host's own AF_VSOCK that the guest reaches. `group`: devices of one group, whose guests may reach each
-    other, share a worker. `ends`: other ends, which are asked first. `buffer`: bytes that a connection's guest may
-    send ahead, a power of two of 16 KiB or more. ValueError: an argument that can't be.
+    `guest_cid`: 3 to 2**32 - 2; None: `set_guest_cid` says it. `uds_path`: the guest's ports are Unix sockets there
+    (`ends.unix`). `forward`: ports of the host's own AF_VSOCK that the guest reaches. `group`: devices of one
+    group, whose guests may reach each other, share a worker. `ends`: other ends, which are asked first. `buffer`:
+    bytes that a connection's guest may send ahead, a power of two of 16 KiB or more. ValueError: an argument that
+    can't be.
     """
 
     kind: ClassVar[str] = "vsock"
     virtio_id: ClassVar[int] = virtio.ID_VSOCK
+    #: Receive, transmit, event.
+    rings: ClassVar[int] = 3
 
     def __init__(
         self,
-        guest_cid: int,
+        guest_cid: int | None,
         *,
         uds_path: str | os.PathLike[str] | None = None,
         forward: Iterable[int] = (),
@@ -78,13 +81,15 @@ class VsockDevice(Device):
         busyloop_timeout: int = 0,
         name: str | None = None,
     ) -> None:
-        check_cid(guest_cid)
+        if guest_cid is not None:
+            check_cid(guest_cid)
         if buffer < LEAST or buffer & (buffer - 1):
             raise ValueError(f"buffer is {buffer}, expected a power of two from {LEAST} on")
         if not 1 <= max_connections <= 16384:
             raise ValueError(f"max_connections is {max_connections}, expected 1 to 16384")
-        super().__init__(name or f"vsock {guest_cid}", 3, busyloop_timeout=busyloop_timeout)
-        self.guest_cid = guest_cid
+        super().__init__(name or f"vsock {guest_cid}", self.rings, busyloop_timeout=busyloop_timeout)
+        #: 0: nobody has said it yet.
+        self.guest_cid = guest_cid or 0
         self.group = group
         self._ends: list[Ends] = [*ends, StreamEnds()]
         if forwarded := frozenset(forward):
@@ -133,9 +138,15 @@ class VsockDevice(Device):
         self._connections.on_timer = self._tick
         self._events = BufferRing(f"{self.name}: event queue", poller, self._rows[EVENT])
         self._show()
-        guest = Guest(self.name, self.guest_cid, self.group, poller, self._connections)
-        self._host = Host(guest, self._ends)
-        self._host.open()
+        if self.guest_cid:
+            self._open_host()
+
+    def _open_host(self) -> None:
+        assert self.poller is not None
+        guest = Guest(self.name, self.guest_cid, self.group, self.poller, self.connections)
+        host = Host(guest, self._ends)
+        host.open()
+        self._host = host
 
     @property
     def connections(self) -> Connections:
@@ -150,6 +161,25 @@ class VsockDevice(Device):
         if self._link is None:
             raise RuntimeError(f"{self.name}: it is not served")
         return self._link
+
+    def set_guest_cid(self, guest_cid: int) -> None:
+        """VHOST_VSOCK_SET_GUEST_CID. EINVAL: no guest can have it; EADDRINUSE: another guest has."""
+        try:
+            check_cid(guest_cid)
+        except ValueError as error:
+            raise VhostError(errno.EINVAL, f"{self.name}: {error}") from None
+        former, self.guest_cid = self.guest_cid, guest_cid
+        try:
+            if self._host is not None:
+                self._host.move(guest_cid)
+            elif self._link is not None:
+                self._open_host()
+        except OSError as error:
+            self.guest_cid = former
+            raise VhostError(error.errno or errno.EIO, f"{self.name}: {error.strerror or error}") from error
+        if self._link is not None:
+            self._link.set_cid(guest_cid)
+            self.connections.guest_cid = guest_cid
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
