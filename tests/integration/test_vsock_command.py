@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -114,11 +114,8 @@ def test_what_it_can_not_do_it_says_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        status = main(["vsock", *arguments])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        status = end.code
-    assert status != 0
+    # argparse ends by itself.
+    with suppress(SystemExit):
+        assert main(["vsock", *arguments]) != 0
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
