@@ -9,6 +9,7 @@ are done in their order. Never: returns without a reason (`REASON_*`).
 
 from __future__ import annotations
 
+import errno as codes
 from typing import Final
 
 from pyvhost.abi.virtio_vsock import OP_RST, OP_RW, SEQ_EOM
@@ -65,7 +66,7 @@ from pyvhost.dataplane.vsock_blocks import (
     SCRATCH_WRITTEN,
     TODO_CLOSED,
 )
-from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush
+from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush, give_up
 from pyvhost.dataplane.vsock_receive import offer, put_header, put_packet, receive
 from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
 from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_header
@@ -73,6 +74,8 @@ from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_head
 _EPOLLIN_OR_HUP: Final = 0x1 | 0x8 | 0x10 | 0x2000
 _EPOLLHUP: Final = 0x8 | 0x10 | 0x2000
 _EPOLLOUT: Final = 0x4
+#: EPOLLHUP or EPOLLERR: the other side has closed, and not only shut down its sending one.
+_GONE: Final = 0x18
 #: While guests are busy, epoll is asked this seldom for sockets and for what rests: nanoseconds.
 _LOOK_NS: Final = 20_000
 #: Between two looks at the clock while nothing but polled rings are left.
@@ -222,6 +225,11 @@ def _happened(
         connection["writable"] = 1
         if connection["started"]:
             flush(worker, guests[connection["guest"]], connections, slot)
+    if what & _GONE and connection["started"] and (connection["ended"] or connection["hushed"]):
+        # Nobody would read or write any more, and find out.
+        guest = guests[connection["guest"]]
+        if not connection["mute"]:
+            give_up(guest, connections, slot, codes.EPIPE)
     wake(worker, rings, guests, connections, slot)
 
 
