@@ -247,8 +247,8 @@ class VsockDevice(Device):
                 timer.cancel()
         self._timer = self._shown = None
         link, self._link = self._link, None
-        if link is not None and self.poller is not None:
-            if not self.poller.run_inner(lambda: link.open_connections == 0, CLOSE_WAITS):
+        if link is not None:
+            if not link.wind_up(CLOSE_WAITS):
                 _log.error("%s: closed with %d connections", self.name, link.open_connections)
             link.shut()
         self._connections = None

@@ -15,6 +15,7 @@ import mmap
 import os
 import secrets
 import select
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -258,6 +259,22 @@ class Link:
             os.eventfd_write(self._python_fd, 1)
         if full:
             self._ring()
+
+    def wind_up(self, seconds: float) -> bool:
+        """Waits, so long at most, until the loop has let go of all connections; whether it has.
+
+        The poller may be closed by then.
+        """
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._python_fd, select.POLLIN)
+        while self._held and (left := end - time.monotonic()) > 0:
+            # While the queue is full, look again soon.
+            poll.poll(1000 * (min(left, _AGAIN) if self._backlog else left))
+            self.serve()
+            if self._backlog:
+                self._hand_on()
+        return not self._held
 
     def shut(self) -> None:
         """Gives up its place; no ring of it runs, and no connection is left."""
