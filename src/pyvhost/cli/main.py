@@ -22,6 +22,7 @@ COMMANDS: Final = (
     ("net", "pyvhost.cli.net", "serve network cards to guests"),
     ("scsi", "pyvhost.cli.scsi", "serve disks to a guest"),
     ("vsock", "pyvhost.cli.vsock", "serve sockets to guests"),
+    ("connect", "pyvhost.cli.connect", "a guest's vsock port on standard input and output"),
     ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
     ("demo", "pyvhost.cli.demo", "boot guests and watch them use network cards that are served here"),
     ("top", "pyvhost.cli.top", "watch what is served"),
