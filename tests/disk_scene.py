@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from back_end import PATIENCE, BackEnd
+from pyvhost.abi import virtio_scsi as abi
 from pyvhost.driver import cdb
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import FEATURES, ScsiDriver
-from pyvhost.driver.scsi_command import Response
+from pyvhost.driver.scsi_command import Pending, Response
 from pyvhost.driver.vhost_user import VhostUserFrontend
 from pyvhost.scsi.device import ScsiDevice
 from pyvhost.scsi.stores.base import Done, Store
@@ -126,10 +127,11 @@ def scene(
     memory: GuestMemory | None = None,
     request_queues: int = 1,
     inflight: bool = False,
+    name: str | None = None,
     **options: Any,
 ) -> Iterator[Scene]:
-    """`luns` are units 0, 1, ... of target 0, and no news to the driver."""
-    device = ScsiDevice(request_queues=request_queues)
+    """`luns` are units 0, 1, ... of target 0, and no news to the driver. `name`: the device's."""
+    device = ScsiDevice(request_queues=request_queues, name=name)
     with ExitStack() as stack:
         back_end = stack.enter_context(BackEnd(directory, device))
         found = Scene(back_end, device, memory or stack.enter_context(GuestMemory(32 * MIB)))
@@ -158,6 +160,16 @@ def scene(
             for store in luns:
                 if isinstance(store, OnASocket):
                     store.end()
+
+
+def read_of(found: Scene, lun: int = 0, blocks: int = 8) -> Pending:
+    """A READ that waits, and is under way when this is back."""
+    pending = found.driver.submit(0, lun, cdb.read10(0, blocks), data_in_length=blocks * BLOCK)
+    for _ in range(100):
+        # Behind an IOMMU it is not taken before all of its addresses are known.
+        if found.driver.query_task(pending) == abi.S_FUNCTION_SUCCEEDED:
+            return pending
+    raise AssertionError("it is never begun")
 
 
 def sense_of(response: Response) -> tuple[int | None, int | None]:

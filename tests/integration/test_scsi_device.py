@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 
 from back_end import PATIENCE
-from disk_scene import BLOCK, Kept, OnASocket, Scene, meet, scene
+from disk_scene import BLOCK, Kept, OnASocket, meet, read_of, scene
 from pyvhost.abi import virtio_scsi as abi
 from pyvhost.driver import cdb
 from pyvhost.driver.dirty_log import LOG_PAGE, DirtyLog
-from pyvhost.driver.iommu import Iommu
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import REQUEST, ScsiDriver
-from pyvhost.driver.scsi_command import REPORT_LUNS, UNTOUCHED, Layout, Pending, address
+from pyvhost.driver.scsi_command import REPORT_LUNS, UNTOUCHED, Layout, address
 from pyvhost.scsi import device as device_module
 from pyvhost.scsi.requests import RESPONSE_BYTES
 
@@ -129,16 +128,6 @@ def test_addresses(tmp_path: Path) -> None:
 
 
 # Task management
-
-
-def read_of(found: Scene, lun: int = 0, blocks: int = 8) -> Pending:
-    """A READ that waits, and is under way when this is back."""
-    pending = found.driver.submit(0, lun, cdb.read10(0, blocks), data_in_length=blocks * BLOCK)
-    for _ in range(100):
-        # Behind an IOMMU it is not taken before all of its addresses are known.
-        if found.driver.query_task(pending) == abi.S_FUNCTION_SUCCEEDED:
-            return pending
-    raise AssertionError("it is never begun")
 
 
 STOPS = {
@@ -430,41 +419,6 @@ def test_the_pages_that_are_written_are_logged(tmp_path: Path, spec: str) -> Non
             driver.resume(bases=driver.stop())
             assert set(log.take()) == wanted
         driver.submit(0, 0, cdb.write10(0, 8), bytes(8 * BLOCK))
-
-
-@pytest.mark.parametrize("by_page", [False, True])
-@EITHER
-def test_behind_an_iommu(tmp_path: Path, spec: str, by_page: bool) -> None:
-    with GuestMemory(32 * MIB) as memory:
-        iommu = Iommu(memory, by_page=by_page)
-        with scene(tmp_path, spec, memory=memory, iommu=iommu, event_buffers=0) as found:
-            for number in range(40):
-                data = random.Random(number).randbytes(32 * BLOCK)
-                assert found.driver.command(0, 0, cdb.write10(number, 32), data).good
-                got = found.driver.command(0, 0, cdb.read10(number, 32), data_in_length=len(data))
-                assert got.data == data
-
-
-@pytest.mark.parametrize("kind", [OnASocket, Kept])
-def test_a_ring_that_is_nowhere_when_a_task_ends(tmp_path: Path, kind: type[OnASocket] | type[Kept]) -> None:
-    """Its used ring has no entry in the IOTLB any more: what was used is shown when it has one again."""
-    store = kind()
-    with GuestMemory(32 * MIB) as memory:
-        iommu = Iommu(memory)
-        with scene(tmp_path, store, memory=memory, iommu=iommu, event_buffers=0) as found:
-            driver = found.driver
-            task = read_of(found)
-            used = driver.requests[0].ring.addresses.used
-            found.front.iotlb_invalidate(used, 1)
-            found.front.sync()
-            if isinstance(store, OnASocket):
-                store.answer(b"u" * 8 * BLOCK)
-            else:
-                found.ask(store.let_go)
-            found.ask(lambda: None)
-            driver.wait_all([task])
-            assert task.response is not None
-            assert task.response.good
 
 
 def test_several_queues_and_units_at_once(tmp_path: Path) -> None:

@@ -29,11 +29,18 @@ def demo(guest: str) -> str:
 
 def test_two_uml_guests() -> None:
     need_program("linux.uml", package="user-mode-linux")
+    need_program("mkfs.ext4", package="e2fsprogs")
     said = demo("uml")
-    assert "$ pyvhost net --backend switch:demo" in said
+    assert 'NetDevice("switch:demo", name="first")' in said
     assert "Two guests run Linux" in said
     assert re.search(r"eth0: <BROADCAST,MULTICAST,UP,LOWER_UP>.* state UP", said)
     assert "4 packets transmitted, 4 received, 0% packet loss" in said
+    assert re.search(r"/dev/sda \S+ ext4 rw", said)
+    written, read = re.findall(r"(?m)^([0-9a-f]{64})  data$", said)
+    assert written == read
+    counted = re.search(r"Disk: 16 MiB written to ext4, the same SHA-256 .*; (\d+) reads, (\d+) writes", said)
+    assert counted, said
+    assert min(map(int, counted.groups())) > 16, said
     assert re.search(r"TCP: [1-9]\d* MiB in .* the same SHA-256 at the far end", said)
     # What was counted, the transfer's own direction first: no packet of it was lost.
     for device, queue in (("first", "tx0"), ("second", "rx0")):
@@ -44,6 +51,7 @@ def test_without_a_guest() -> None:
     said = demo("driver")
     assert "There is no guest" in said
     assert re.search(r"Frames: .* the same SHA-256 at the far end", said)
+    assert "Disk: 4 MiB written and read again, the same SHA-256; 64 reads, 64 writes" in said
 
 
 def test_a_guest_that_this_host_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,4 +65,4 @@ def test_a_guest_that_this_host_has_not(monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert done.returncode == 1
     assert "apt-get install user-mode-linux" in done.stdout
-    assert "pyvhost net" not in done.stdout
+    assert "python demo.py" not in done.stdout

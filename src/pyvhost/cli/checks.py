@@ -25,6 +25,8 @@ from pyvhost.cli.bench import testpmd
 from pyvhost.cli.guests import kernel, qemu, uml
 from pyvhost.cli.guests.base import GuestError
 from pyvhost.host import eventfd, kvm, memfd, tap
+from pyvhost.host.uring import Uring
+from pyvhost.scsi.stores import libnbd
 
 #: Where an ordinary user's PATH may not lead.
 _SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -269,6 +271,30 @@ def _without_anything() -> Found:
     return Found(State.YES, "need nothing of the host")
 
 
+# --- where disks can be ------------------------------------------------------------------------------
+
+
+def _io_uring() -> Found:
+    """Makes one, which is gone a moment later."""
+    try:
+        Uring(8).close()
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EPERM:
+            why = "not allowed here (sysctl kernel.io_uring_disabled, or a container's seccomp filter)"
+        return Found(State.NOTE, f"{why}; every command goes through Python, more slowly")
+    return Found(State.YES, "made one, and let it go")
+
+
+def _libnbd() -> Found:
+    # Debian and Ubuntu have called it so ever since its first release.
+    try:
+        version = libnbd.version()
+    except libnbd.NbdError as error:
+        return Found(State.NO, str(error.strerror or error), ("libnbd0",))
+    return Found(State.YES, version)
+
+
 # --- guests ------------------------------------------------------------------------------------------
 
 
@@ -350,6 +376,7 @@ def _described() -> Found:
 
 SERVING: Final = "To serve"
 BACKENDS: Final = "Where frames can go"
+STORES: Final = "Where disks can be"
 GUESTS: Final = "Guests to try it with"
 PEERS: Final = "Benchmarks and tests"
 
@@ -367,6 +394,9 @@ CHECKS: Final = (
     Check(BACKENDS, "packet", "--backend packet:IFNAME", _packet),
     Check(BACKENDS, "user", "--backend user", _passt),
     Check(BACKENDS, "vsock", "", _vsock),
+    Check(STORES, "files, block devices, memory", "--lun", _without_anything),
+    Check(STORES, "NBD", "--lun nbd:URI", _libnbd),
+    Check(STORES, "io_uring", "reads and writes without Python", _io_uring),
     Check(GUESTS, "User Mode Linux", "pyvhost demo; an ordinary process", _uml),
     Check(GUESTS, "QEMU", "pyvhost demo", lambda: _tool(qemu.PROGRAM, qemu.PACKAGE, "--version")),
     Check(GUESTS, "a kernel", "for QEMU's guest", _kernel),

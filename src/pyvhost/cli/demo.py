@@ -1,4 +1,4 @@
-"""`pyvhost demo`: two guests that nobody here wrote, their network cards served by `pyvhost net`, watched.
+"""`pyvhost demo`: two guests that nobody here wrote, their network cards and a disk served by one process, watched.
 
 Promises: needs no root and touches nothing of the host's network: the guests meet in a switch within the serving
 process; ends by itself, with a summary, and leaves nothing behind. Where no guest can be booted it uses the
@@ -22,13 +22,26 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from pyvhost.cli.demo_disk import make_disk
 from pyvhost.cli.demo_guests import KINDS, DemoError, Ends, make_ends
 from pyvhost.cli.guests import GuestError
 from pyvhost.cli.serving import Serving, ServingError
 from pyvhost.observe.reader import Row, Snapshot, snapshot
 from pyvhost.observe.top import History, render, scaled
 
-BACKEND = "switch:demo"
+#: What serves, as anybody could write it. It has the names of the sockets, in the folder where it runs.
+PROGRAM = """\
+import logging
+from pyvhost import NetDevice, ScsiDevice, serve
+
+logging.basicConfig(format="%(levelname)s: %(message)s")
+logging.getLogger("pyvhost").setLevel("INFO")
+serve({
+    "first": NetDevice("switch:demo", name="first"),
+    "second": NetDevice("switch:demo", name="second"),
+    "disks": ScsiDevice(["disk.img"], name="disks"),
+})
+"""
 _LOOK_SECONDS = 0.5
 # Where there is no terminal to redraw, a table now and then will do.
 _PRINT_SECONDS = 5.0
@@ -47,8 +60,8 @@ def _seconds(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost demo`."""
     parser.description = (
-        "Boot two unmodified Linux guests whose network cards pyvhost serves, have one ping the other and send it "
-        "data over TCP, and watch what is served. Needs no root. Ends by itself."
+        "Boot two unmodified Linux guests whose network cards and disk pyvhost serves: one mounts the disk, pings "
+        "the other and sends it data over TCP. Watch what is served. Needs no root. Ends by itself."
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=10.0, metavar="N", help="how long to transfer (default: 10)"
@@ -100,8 +113,9 @@ class Demo:
         """Everything, from the back end's start to the summary. DemoError: this kind of guest can't be had."""
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="pyvhost-demo-")))
         sockets = [folder / "first", folder / "second"]
-        ends = make_ends(self.kind, sockets, self._say)
-        serving = self._serve(sockets)
+        ends = make_ends(self.kind, sockets, folder / "disks", self._say)
+        make_disk(folder / "disk.img")
+        serving = self._serve([*sockets, folder / "disks"])
         self._stack.callback(ends.stop)
         with self.console.status("booting"):
             ends.start()
@@ -115,12 +129,13 @@ class Demo:
         self._summary(ends, before, after)
 
     def _serve(self, sockets: Sequence[Path]) -> Serving:
-        arguments = ["net", "--backend", BACKEND]
-        for path in sockets:
-            arguments += ["--socket-path", path.name]
-        self.console.print(Text(f"$ pyvhost {' '.join(arguments)}", "bold"))
+        folder = sockets[0].parent
+        (folder / "demo.py").write_text(PROGRAM)
+        self.console.print(Text("$ cat demo.py", "bold"))
+        self.console.print(Text(PROGRAM.rstrip()))
+        self.console.print(Text("$ python demo.py", "bold"))
         names = [path.name for path in sockets]
-        serving = Serving(arguments, names, folder=sockets[0].parent, on_line=self._served)
+        serving = Serving([], names, program="demo.py", folder=folder, on_line=self._served)
         self._stack.callback(serving.close)
         with self.console.status("starting; the first time, the data plane is compiled"):
             return serving.wait_ready()
@@ -165,11 +180,15 @@ class Demo:
     def _summary(self, ends: Ends, before: Snapshot, after: Snapshot) -> None:
         self.console.print(Rule("Summary", align="left", style="bold"))
         self.console.print(Text(ends.result, "bold green"))
+        if ends.disk_result:
+            disk = next(row for row in _grown(after).values() if row.label("queue") == "0:0")
+            counted = f"{disk.get('reads')} reads, {disk.get('writes')} writes"
+            self.console.print(Text(f"{ends.disk_result}; {counted} since it was served", "bold green"))
         self.console.print(_table(_grown(before), _grown(after)))
 
     def _served(self, line: str) -> None:
         # What to paste for QEMU is of no use here: the guests are started already.
-        if "for QEMU:" not in line:
+        if "for QEMU:" not in line and "for UML:" not in line:
             self.console.print(Text("  " + line, "dim"))
 
     def _say(self, text: str) -> None:

@@ -1,7 +1,7 @@
-"""The demo without a guest: two drivers of this package, in this process, with a NIC each.
+"""The demo without a guest: two drivers of this package, in this process, with a NIC each, and one for the disk.
 
-Promises: every frame goes through rings in memory shared with the serving process, as a guest's would.
-Never: pretends to be a guest.
+Promises: every frame and every block goes through rings in memory shared with the serving process, as a guest's
+would. Never: pretends to be a guest.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from pyvhost.cli.demo_guests import Ends, Say
 from pyvhost.cli.guests import GuestError
+from pyvhost.driver import cdb
 from pyvhost.driver.errors import DriverError
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.net import NetDriver
+from pyvhost.driver.scsi import ScsiDriver
 from pyvhost.driver.vhost_user import VhostUserFrontend
 
 # Local experimental, as IEEE 802 sets it aside.
@@ -26,6 +28,9 @@ _PAYLOAD = 1500
 # Frames in flight: fewer than a ring has room for, so that none is dropped.
 _BATCH = 128
 _ANSWER_SECONDS = 10.0
+# What is written to the disk: commands of so many blocks of 512 bytes.
+_BLOCKS = 128
+_COMMANDS = 64
 
 
 class DriverEnds(Ends):
@@ -36,14 +41,16 @@ class DriverEnds(Ends):
         "real, speed is not."
     )
 
-    def __init__(self, sockets: Sequence[Path]) -> None:
+    def __init__(self, sockets: Sequence[Path], disks: Path) -> None:
         self._sockets = sockets
+        self._disks = disks
         self._stack = ExitStack()
         self._drivers: list[NetDriver] = []
         self._sent = self._received = ""
         self.shows = (
             ("The first driver's own view of its card", self._show_link),
-            ("It sends the second a frame and has it back", self._show_echo),
+            ("A third driver's disk, the file disk.img", self._show_disk),
+            ("The first sends the second a frame and has it back", self._show_echo),
         )
 
     def start(self) -> None:
@@ -58,6 +65,33 @@ class DriverEnds(Ends):
     def _show_link(self, say: Say) -> None:
         driver = self._drivers[0]
         say(f"MAC {driver.mac().hex(':')}, MTU {driver.mtu()}, features {driver.features:#x}")
+
+    def _show_disk(self, say: Say) -> None:
+        """Anything but a file system: its first blocks."""
+        memory = GuestMemory(4 * MIB)
+        written, read = hashlib.sha256(), hashlib.sha256()
+        with ExitStack() as closing:
+            closing.callback(memory.close)
+            frontend = closing.enter_context(VhostUserFrontend.connect(self._disks))
+            driver = closing.enter_context(ScsiDriver(frontend, memory))
+            driver.start()
+            # The first command hears that the disk was powered on.
+            driver.command(0, 0, cdb.test_unit_ready())
+            inquiry = driver.command(0, 0, cdb.inquiry(), data_in_length=96).data
+            say(inquiry[8:32].decode("ascii", "replace"))
+            for number in range(_COMMANDS):
+                blocks = os.urandom(512 * _BLOCKS)
+                written.update(blocks)
+                driver.command(0, 0, cdb.write10(number * _BLOCKS, _BLOCKS), blocks)
+            driver.command(0, 0, cdb.synchronize_cache10())
+            for number in range(_COMMANDS):
+                wanted = cdb.read10(number * _BLOCKS, _BLOCKS)
+                read.update(driver.command(0, 0, wanted, data_in_length=512 * _BLOCKS).data)
+        say(f"SHA-256 written {written.hexdigest()}")
+        say(f"SHA-256 read    {read.hexdigest()}")
+        if read.digest() != written.digest():
+            raise GuestError("what was read from the disk is not what was written")
+        self.disk_result = f"Disk: {_COMMANDS * _BLOCKS // 2048} MiB written and read again, the same SHA-256"
 
     def _show_echo(self, say: Say) -> None:
         first, second = self._drivers

@@ -14,7 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pyvhost.cli import demo_disk
 from pyvhost.cli.guests import (
+    Disks,
     Guest,
     GuestError,
     KernelError,
@@ -57,6 +59,8 @@ class Ends(ABC):
     shows: Sequence[Show] = ()
     #: What the transfer came to, in a line.
     result = ""
+    #: What the disk came to, likewise; nothing if there was none.
+    disk_result = ""
 
     @abstractmethod
     def start(self) -> None:
@@ -75,14 +79,20 @@ class Ends(ABC):
         """Take both ends down."""
 
 
-def make_ends(kind: str, sockets: Sequence[Path], say: Say) -> Ends:
-    """The two ends, not started. DemoError: not on this host."""
+def make_ends(kind: str, sockets: Sequence[Path], disks: Path, say: Say) -> Ends:
+    """The two ends, the first with the SCSI controller at `disks`; not started. DemoError: not on this host."""
     if kind == "uml":
         if shutil.which(uml.PROGRAM) is None:
             raise DemoError(f"apt-get install {uml.PACKAGE}")
         if not _on_host("ip"):
             raise DemoError("its root is this host's, and has no ip(8): apt-get install iproute2")
-        return UmlEnds([UmlGuest([path], name=f"guest {path.name}") for path in sockets])
+        first, second = sockets
+        return UmlEnds(
+            [
+                UmlGuest([first], disks=[disks], name=f"guest {first.name}"),
+                UmlGuest([second], name=f"guest {second.name}"),
+            ]
+        )
     if kind == "qemu":
         if shutil.which(qemu.PROGRAM) is None:
             raise DemoError(f"apt-get install {qemu.PACKAGE}")
@@ -91,12 +101,23 @@ def make_ends(kind: str, sockets: Sequence[Path], say: Say) -> Ends:
             kernel = find_kernel()
         except KernelError as problem:
             raise DemoError(str(problem)) from problem
+        first, second = sockets
+        modules = ("virtio_pci", "virtio_net", *demo_disk.MODULES)
         return QemuEnds(
-            [QemuGuest([Nic(path)], name=f"guest {path.name}", kernel=kernel) for path in sockets]
+            [
+                QemuGuest(
+                    [Nic(first)],
+                    disks=[Disks(disks)],
+                    name=f"guest {first.name}",
+                    kernel=kernel,
+                    modules=modules,
+                ),
+                QemuGuest([Nic(second)], name=f"guest {second.name}", kernel=kernel),
+            ]
         )
     from pyvhost.cli.demo_driver import DriverEnds
 
-    return DriverEnds(sockets)
+    return DriverEnds(sockets, disks)
 
 
 class GuestEnds(Ends):
@@ -108,6 +129,7 @@ class GuestEnds(Ends):
         self._received: tuple[int, str] = (0, "")
         self.shows = (
             ("The first guest's own view of its card", self._show_link),
+            ("Its disk, the file disk.img", self._show_disk),
             (f"It pings the second, {_ADDRESSES[1]}", self._show_ping),
         )
 
@@ -129,6 +151,9 @@ class GuestEnds(Ends):
 
     def _show_link(self, say: Say) -> None:
         self._guests[0].run("ip address show dev eth0", on_line=say)
+
+    def _show_disk(self, say: Say) -> None:
+        self.disk_result = demo_disk.show_disk(self._guests[0], say)
 
     def _show_ping(self, say: Say) -> None:
         if isinstance(self._guests[0], UmlGuest) and not _on_host("ping"):

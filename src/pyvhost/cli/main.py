@@ -24,7 +24,11 @@ COMMANDS: Final = (
     ("vsock", "pyvhost.cli.vsock", "serve sockets to guests"),
     ("connect", "pyvhost.cli.connect", "a guest's vsock port on standard input and output"),
     ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
-    ("demo", "pyvhost.cli.demo", "boot guests and watch them use network cards that are served here"),
+    (
+        "demo",
+        "pyvhost.cli.demo",
+        "boot guests and watch them use network cards and a disk that are served here",
+    ),
     ("top", "pyvhost.cli.top", "watch what is served"),
     ("doctor", "pyvhost.cli.doctor", "what this host can do, and what to install for the rest"),
 )

@@ -17,19 +17,47 @@ from pyvhost.cli import serve
 if TYPE_CHECKING:
     from pyvhost.scsi.device import ScsiDevice
 
+_STORES = """\
+where a disk's blocks are kept (SPEC):
+  PATH                  a file or a block device
+                          shared  others who say the same may have it too
+                          direct=on|off  insist on direct I/O, or have none
+  memory:SIZE           forgotten at the end
+  nbd:URI               an NBD server's export: qcow2, Ceph, S3, ...
+                          tls=off|allow|require  timeout=SECONDS
+  and of any, after commas:
+                        readonly  serial=TEXT  block=512|4096  physical=4096
+                        aptpl=PATH  keep persistent reservations in this file
+                        delay=MS  error-rate=P[:ERRNO]  limit=Niops|SIZE/s
+
+  pyvhost scsi --socket-path /run/vm0.sock --lun disk.img --lun 1:0=memory:1G
+  pyvhost scsi --socket-path /run/vm0.sock \\
+      --lun 'nbd+unix:///?socket=/run/disk.nbd'
+  pyvhost ctl /run/vm0.sock add-lun 0:3=/dev/vg0/data,serial=data
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost scsi`."""
     serve.add_arguments(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _STORES
     parser.add_argument(
         "--lun",
         action="append",
         metavar="[TARGET:LUN=]SPEC",
         default=[],
-        help="a disk: a path, memory:SIZE or nbd:URI, options after commas; repeated: a disk for each,"
-        " without a place at the first free LUN of target 0",
+        help="a disk, kept as SPEC says (below); repeated: a disk for each, without a place at the first free LUN"
+        " of target 0",
     )
     parser.add_argument("--request-queues", type=int, default=1, metavar="N", help="1 to 128 (default: 1)")
+    parser.add_argument(
+        "--busyloop-timeout",
+        type=int,
+        default=0,
+        metavar="US",
+        help="microseconds that an idle queue is polled before its worker sleeps (default: 0)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +83,12 @@ def run(args: argparse.Namespace) -> int:
 def _device(args: argparse.Namespace, path: str | None) -> ScsiDevice:
     from pyvhost.scsi.device import ScsiDevice
 
-    return ScsiDevice(args.lun, request_queues=args.request_queues, name=path)
+    return ScsiDevice(
+        args.lun,
+        request_queues=args.request_queues,
+        busyloop_timeout=args.busyloop_timeout,
+        name=path,
+    )
 
 
 def qemu_line(path: str, request_queues: int = 1, *, connect: bool = False) -> str:

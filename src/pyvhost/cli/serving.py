@@ -28,7 +28,8 @@ class ServingError(RuntimeError):
 class Serving:
     """`pyvhost ARGUMENTS`, which is to listen at `sockets`. A context manager: leaving it ends the child.
 
-    `folder` is where it runs. `on_line` is called, on a thread of its own, with each line that the child prints.
+    `program`: a Python file instead, which logs what the command would. `folder` is where it runs. `on_line` is
+    called, on a thread of its own, with each line that the child prints.
     """
 
     def __init__(
@@ -36,17 +37,20 @@ class Serving:
         arguments: Sequence[str],
         sockets: Sequence[str | Path],
         *,
+        program: str | None = None,
         folder: str | Path | None = None,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         self.arguments = list(arguments)
+        self.program = program
+        what = ["-m", "pyvhost.cli.main"] if program is None else [program]
         self.lines: deque[str] = deque(maxlen=LINES)
         self._on_line = on_line
         self._awaited = {str(path) for path in sockets}
         self._changed = threading.Condition()
         self._ended = False
         self.process = subprocess.Popen(
-            [*dying_with_parent(), sys.executable, "-m", "pyvhost.cli.main", *self.arguments],
+            [*dying_with_parent(), sys.executable, *what, *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,7 +102,7 @@ class Serving:
         return status
 
     def __str__(self) -> str:
-        return f"pyvhost {' '.join(self.arguments)}"
+        return " ".join(["pyvhost" if self.program is None else f"python {self.program}", *self.arguments])
 
     def __enter__(self) -> Self:
         return self

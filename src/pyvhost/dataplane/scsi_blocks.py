@@ -35,6 +35,11 @@ QUEUE: Final = int64s(
     # Nobody waits for its chains any more, and its ring is not to be touched.
     "orphan",
     "python_fd",
+    # Whether something was under way when it became idle; whether the last time that it was idle was short, with
+    # nothing under way and with something.
+    "idle_waiting",
+    "short_alone",
+    "short_waiting",
 )
 
 #: A logical unit: its key (0: free), and what a READ or WRITE needs of it. `FAST`: what Python has nothing to say
@@ -109,6 +114,10 @@ DISKS_DONE_PUT: Final = 136
 DISKS_DONE_TAKEN: Final = 144
 #: How many operations were begun.
 DISKS_BEGUN: Final = 152
+#: Whether what was submitted last had ended before the call was back: the store answers from memory.
+DISKS_AT_ONCE: Final = 160
+#: Turns since epoll was looked into.
+DISKS_TURNS: Final = 168
 DISKS_BYTES: Final = 192
 
 #: An entry to Python: four numbers.

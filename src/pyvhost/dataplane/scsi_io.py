@@ -87,8 +87,10 @@ from pyvhost.dataplane.scsi_blocks import (
     UNIT_WATCHED,
 )
 from pyvhost.dataplane.swap import swap16, swap32, swap64
-from pyvhost.dataplane.uring import OP_READV, OP_WRITEV, push
+from pyvhost.dataplane.uring import OP_READ, OP_READV, OP_WRITE, OP_WRITEV, push
 
+_HEADER: Final = 51
+_CDB_BYTES: Final = 32
 _RWF_DSYNC: Final = 2
 _FUA: Final = 8
 _MAX_TRANSFER: Final = 1 << 30
@@ -165,7 +167,10 @@ def start(worker: Record, queue: Record, ring_index: int, ring: Record, slot: in
     unit = find_unit(queue["units"], queue["unit_mask"], load64(at))
     if unit == 0 or load8(at + REQUEST_ATTRIBUTE) != S_SIMPLE:
         return False
-    cdb = at + REQUEST_CDB
+    # With T10_PI the lengths of protection information come before the CDB; what brings any is Python's.
+    if header > _HEADER and load64(at + REQUEST_CDB) != 0:
+        return False
+    cdb = at + header - _CDB_BYTES
     opcode = load8(cdb)
     flags = load8(cdb + 1)
     kind = opcode & 0x1F
@@ -245,16 +250,13 @@ def start(worker: Record, queue: Record, ring_index: int, ring: Record, slot: in
     dsync = 0
     if writes and (flags & _FUA or load64(unit + UNIT_DSYNC)):
         dsync = _RWF_DSYNC
-    push(
-        disks,
-        OP_WRITEV if writes else OP_READV,
-        load64(unit + UNIT_FD),
-        first,
-        pieces,
-        lba << shift,
-        dsync,
-        number,
-    )
+    fd = load64(unit + UNIT_FD)
+    if pieces == 1:
+        # Without a struct iovec for the host to fetch and check.
+        opcode = OP_WRITE if writes else OP_READ
+        push(disks, opcode, fd, load64(first), length, lba << shift, dsync, number)
+    else:
+        push(disks, OP_WRITEV if writes else OP_READV, fd, first, pieces, lba << shift, dsync, number)
     return True
 
 

@@ -52,10 +52,11 @@ from pyvhost.dataplane.blocks import (
 from pyvhost.dataplane.inflight import begin
 from pyvhost.dataplane.policy import kernel
 from pyvhost.dataplane.scsi_blocks import (
-    DISKS_BUSY,
+    DISKS_AT_ONCE,
     DISKS_DONE_PUT,
     DISKS_DONE_TAKEN,
     DISKS_OPS,
+    DISKS_TURNS,
     DONE_FAILED,
     DONE_HEAD,
     DONE_KIND,
@@ -86,10 +87,16 @@ from pyvhost.dataplane.scsi_blocks import (
 from pyvhost.dataplane.scsi_io import done_entry, free_todo, give_back, respond, start, tell
 from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take_kept, use, want_kicks
 from pyvhost.dataplane.translate import fault
-from pyvhost.dataplane.uring import consume, next_completion, submit, withdraw
+from pyvhost.dataplane.uring import completions, consume, next_completion, submit, withdraw
 
 #: Room in Python's queue that is kept for operations that end: what each may have to say, and once more.
 _RESERVED: Final = 4 * OPS
+#: Bytes that are submitted in one call to a store that answers at once: the driver has something to do meanwhile.
+_AT_ONCE_BYTES: Final = 64 << 10
+#: A worker that is never without work looks into epoll every so many turns.
+_TURNS: Final = 32
+#: A queue that was idle no longer than this the last time is looked at for so long before it rests.
+_SHORT_NS: Final = 32 << 10
 
 
 @kernel
@@ -104,15 +111,18 @@ def _used(rings: Records, queues: Records, index: int, head: int, written: int) 
 
 
 @kernel
-def _show(rings: Records, queues: Records, index: int) -> None:
-    """Shows the driver what was used of a queue's ring."""
+def _show(rings: Records, queues: Records, index: int) -> bool:
+    """Shows the driver what was used of a queue's ring; whether there was any."""
     ring = rings[queues[index]["tx"]]
+    shown = False
     if ring["unshown"] and ring["located"]:
         ring["unshown"] = 0
         publish(ring)
+        shown = True
     if queues[index]["held_back"] and queues[index]["in_flight"] == 0:
         # Python waits for the last one.
         signal(queues[index]["python_fd"])
+    return shown
 
 
 @kernel
@@ -252,9 +262,11 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
     chains = collect(ring, batch, 0, room, 0, 0)
     took = 0
     told = False
-    while took < chains:
+    left = _AT_ONCE_BYTES if load64(disks + DISKS_AT_ONCE) else 1 << 62
+    while took < chains and left > 0:
         slot = batch + took * SLOT_BYTES
         head = load64(slot + SLOT_HEAD)
+        left -= load64(slot + SLOT_OUT_BYTES) + load64(slot + SLOT_IN_BYTES)
         if load64(slot + SLOT_OUT_BYTES) < queue["header"] or load64(slot + SLOT_IN_BYTES) < RESPONSE_BYTES:
             short = load64(slot + SLOT_OUT_BYTES) < queue["header"]
             fault(
@@ -278,12 +290,14 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
         worker["faults"] = 1
         if stop_at_fault(ring):
             worker["reason"] |= REASON_RING
+    ended = completions(disks)
     # The iovecs lie in the batch: they have been read when this is back, or nobody is going to.
     calls = submit(disks)
     if calls < 0:
         _refused(worker, rings, queues, -calls)
     elif calls > 0:
         count(worker["row"], C_SYSCALLS, calls)
+        store64(disks + DISKS_AT_ONCE, 1 if completions(disks) - ended >= took - (took >> 2) else 0)
     return took
 
 
@@ -292,7 +306,6 @@ def _activate(worker: Record, rings: Records, queues: Records, index: int) -> No
     queue = queues[index]
     if queue["active"] == 0 and queue["used"]:
         queue["active"] = 1
-        queue["idle_since"] = 0
         store64(worker["active"] + 8 * worker["active_count"], index)
         worker["active_count"] += 1
         ring = rings[queue["tx"]]
@@ -304,6 +317,7 @@ def _activate(worker: Record, rings: Records, queues: Records, index: int) -> No
 def _wait(worker: Record, rings: Records, queues: Records, timeout_ms: int) -> None:
     """Sleeps in epoll and wakes the queues that were kicked."""
     events = worker["events"]
+    store64(worker["disks"] + DISKS_TURNS, 0)
     ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
     count(worker["row"], C_SYSCALLS, 1)
     for i in range(ready):
@@ -324,20 +338,35 @@ def _wait(worker: Record, rings: Records, queues: Records, timeout_ms: int) -> N
 
 
 @kernel
+def _stir(queue: Record, now: int) -> None:
+    """A queue has work: how long it was idle says whether it is worth while to look for the next."""
+    if queue["idle_since"]:
+        short = 1 if now - queue["idle_since"] < _SHORT_NS else 0
+        if queue["idle_waiting"]:
+            queue["short_waiting"] = short
+        else:
+            queue["short_alone"] = short
+        queue["idle_since"] = 0
+
+
+@kernel
 def _rest(worker: Record, rings: Records, queues: Records, index: int, now: int) -> bool:
     """Whether a queue without work may rest: not while it is polled, nor if asking for kicks shows work."""
     queue = queues[index]
-    if queue["busy_ns"]:
-        if queue["idle_since"] == 0:
-            queue["idle_since"] = now
-        if now - queue["idle_since"] < queue["busy_ns"]:
-            return False
+    if queue["idle_since"] == 0:
+        queue["idle_since"] = now
+        queue["idle_waiting"] = 1 if queue["in_flight"] else 0
+    polled = queue["busy_ns"]
+    if queue["short_waiting"] if queue["idle_waiting"] else queue["short_alone"]:
+        polled = max(polled, _SHORT_NS)
+    if now - queue["idle_since"] < polled:
+        return False
     ring = rings[queue["tx"]]
     if ring["running"]:
         want_kicks(ring, True)
         if _take(worker, rings, queues, index, now):
             want_kicks(ring, False)
-            queue["idle_since"] = 0
+            _stir(queue, now)
             return False
     return True
 
@@ -358,11 +387,12 @@ def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
         at = 0
         while at < worker["active_count"]:
             index = load64(active + 8 * at)
+            # First what was used: the driver goes on with that while the host works.
+            shown = _show(rings, queues, index)
             served = _take(worker, rings, queues, index, now)
-            _show(rings, queues, index)
-            if served:
-                moved += served
-                queues[index]["idle_since"] = 0
+            if served or shown:
+                moved += 1
+                _stir(queues[index], now)
                 at += 1
             elif _rest(worker, rings, queues, index, now):
                 queues[index]["active"] = 0
@@ -373,10 +403,12 @@ def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
         # Not before every queue has had its turn: what was used is shown when the loop is out.
         if worker["reason"] != REASON_STOP:
             return worker["reason"]
-        if moved == 0:
-            # Awake for those that are polled; asleep until a kick, Python, or the host.
-            _wait(worker, rings, queues, 0 if worker["active_count"] > 0 else -1)
-        elif load64(disks + DISKS_BUSY) == 0 or worker["faults"]:
+        turns = load64(disks + DISKS_TURNS) + 1
+        store64(disks + DISKS_TURNS, turns)
+        if moved == 0 and worker["active_count"] == 0:
+            # Asleep until a kick, Python, or the host.
+            _wait(worker, rings, queues, -1)
+        elif turns >= _TURNS or worker["faults"]:
             _wait(worker, rings, queues, 0)
         if worker["reason"] != REASON_STOP:
             return worker["reason"]

@@ -20,7 +20,7 @@ from pyvhost.dataplane.access import (
     store64,
     sys_uring_enter,
 )
-from pyvhost.dataplane.policy import kernel
+from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.scsi_blocks import (
     DISKS_BUSY,
     DISKS_CQ_HEAD,
@@ -37,13 +37,19 @@ from pyvhost.dataplane.scsi_blocks import (
 
 OP_READV: Final = 1
 OP_WRITEV: Final = 2
+#: One buffer: its address and length take the place of those of the iovecs (Linux 5.6).
+OP_READ: Final = 22
+OP_WRITE: Final = 23
 _SQE_BYTES: Final = 64
 _CQE_BYTES: Final = 16
 
 
 @kernel
-def push(disks: int, opcode: int, fd: int, iov: int, count: int, offset: int, flags: int, mark: int) -> None:
-    """Puts an operation into the submission queue; `mark` comes back with its completion."""
+def push(disks: int, opcode: int, fd: int, at: int, count: int, offset: int, flags: int, mark: int) -> None:
+    """Puts an operation into the submission queue; `mark` comes back with its completion.
+
+    `at`: address of `count` struct iovec, or of `count` bytes, as `opcode` wants it.
+    """
     mask = load64(disks + DISKS_SQ_MASK)
     tail_at = load64(disks + DISKS_SQ_TAIL)
     tail = load32(tail_at)
@@ -53,7 +59,7 @@ def push(disks: int, opcode: int, fd: int, iov: int, count: int, offset: int, fl
     store8(entry, opcode)
     store32(entry + 4, fd)
     store64(entry + 8, offset)
-    store64(entry + 16, iov)
+    store64(entry + 16, at)
     store32(entry + 24, count)
     store32(entry + 28, flags)
     store64(entry + 32, mark)
@@ -93,6 +99,15 @@ def withdraw(disks: int) -> int:
     store32_release(tail_at, tail)
     store64(disks + DISKS_PUSHED, pushed - 1)
     return load64(load64(disks + DISKS_SQES) + (tail & load64(disks + DISKS_SQ_MASK)) * _SQE_BYTES + 32)
+
+
+@inline
+def completions(disks: int) -> int:
+    """How many operations have ended and are not consumed."""
+    # Pairs with the kernel's release store of the tail.
+    return (
+        load32_acquire(load64(disks + DISKS_CQ_TAIL)) - load32(load64(disks + DISKS_CQ_HEAD))
+    ) & 0xFFFFFFFF
 
 
 @kernel

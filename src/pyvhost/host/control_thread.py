@@ -25,9 +25,17 @@ class ControlThread:
 
     def __init__(self) -> None:
         self.poller = Poller()
+        #: Called after each round of the loop, on its thread.
+        self.after_round: list[Callable[[], object]] = []
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self.poller.run, name="pyvhost-control", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pyvhost-control", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self.poller.run_once()
+            for function in self.after_round:
+                function()
 
     @classmethod
     def get(cls) -> ControlThread:

@@ -20,6 +20,8 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 #: The same on every architecture that came after 5.1, and on x86-64.
 _SETUP: Final = 425
 _SETUP_CLAMP: Final = 1 << 4
+#: What an operation leaves to do when it ends is done at the next system call, and interrupts nobody (Linux 5.19).
+_SETUP_COOP_TASKRUN: Final = 1 << 8
 _FEAT_SINGLE_MMAP: Final = 1 << 0
 _FEAT_NODROP: Final = 1 << 1
 _FEAT_SUBMIT_STABLE: Final = 1 << 2
@@ -63,10 +65,13 @@ class Uring:
     """An io_uring of `entries` submissions. OSError: the host has none (ENOSYS, EPERM), or too old a one."""
 
     def __init__(self, entries: int) -> None:
-        params = _Params(flags=_SETUP_CLAMP)
-        self.fd = int(_libc.syscall(_SETUP, entries, ctypes.byref(params)))
+        for flags in (_SETUP_CLAMP | _SETUP_COOP_TASKRUN, _SETUP_CLAMP):
+            params = _Params(flags=flags)
+            self.fd = int(_libc.syscall(_SETUP, entries, ctypes.byref(params)))
+            code = ctypes.get_errno() if self.fd < 0 else 0
+            if code != errno.EINVAL:
+                break
         if self.fd < 0:
-            code = ctypes.get_errno()
             raise OSError(code, f"io_uring_setup: {os.strerror(code)}")
         os.set_inheritable(self.fd, False)
         self._maps: list[tuple[int, int]] = []

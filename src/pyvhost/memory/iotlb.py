@@ -99,9 +99,11 @@ class Iotlb:
             self._rebuild()
         return retired
 
-    def invalidate(self, iova: int, size: int) -> None:
-        """Forgets each entry that has any of the range."""
-        self._drop(self._touching(iova, size))
+    def invalidate(self, iova: int, size: int) -> list[tuple[int, int]]:
+        """Forgets each entry that has any of the range; the guest memory, address and bytes, that these meant."""
+        entries = self._touching(iova, size)
+        self._drop(entries)
+        return [(guest, length) for entry in entries for _, length, host, guest, _ in entry.rows if host]
 
     def ranges(self, iova: int, size: int, access: int) -> Iterator[tuple[int, int, int]]:
         """Host address, bytes and guest address of each piece of a range.

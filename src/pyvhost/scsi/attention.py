@@ -16,6 +16,13 @@ _RANK = {
     Asc.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR: 3,
 }
 _OTHERS = 4
+#: Not told to who is still to hear of a reset: all of it is asked for then. One by one they were more than Linux' sd
+#: takes of a disk that is ready: it would wait a second.
+_COVERED = {
+    Asc.CAPACITY_DATA_HAS_CHANGED,
+    Asc.MODE_PARAMETERS_CHANGED,
+    Asc.NOT_READY_TO_READY_CHANGE,
+}
 
 
 def _rank(sense: Sense) -> int:
@@ -49,6 +56,8 @@ class Attentions:
             return
         rank = _RANK.get(asc, _OTHERS)
         if any(sense.asc == asc for sense in waiting):
+            return
+        if asc in _COVERED and any(_rank(sense) <= 1 for sense in waiting):
             return
         if rank <= 1:
             if any(_rank(sense) <= rank for sense in waiting):

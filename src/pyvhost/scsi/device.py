@@ -14,7 +14,8 @@ import ctypes
 import errno
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Final
 
@@ -285,6 +286,25 @@ class ScsiDevice(DeviceUnits):
         if self._worker is not None:
             names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
         self._endings.wait(names, done)
+
+    def _until_unwritten(self, lost: Sequence[tuple[int, int]]) -> None:
+        if not lost or self._worker is None or self.poller is None:
+            return
+        # Of what is lost, ends and then starts: a piece is part of it unless as many have ended as have begun.
+        starts = sorted(start for start, _ in lost)
+        ends = sorted(start + length for start, length in lost)
+
+        def touches(at: int, size: int) -> bool:
+            return bisect_left(starts, at + size) > bisect_right(ends, at)
+
+        writing: set[Hashable] = set(self._worker.watch_writing(self._ports(), touches))
+        for queue in (*self._queues, *self._left):
+            writing.update(chain for chain in queue.pending if any(touches(*piece) for piece in chain.logged))
+        over: list[bool] = []
+        self._endings.wait(writing, lambda: over.append(True))
+        if not self.poller.run_inner(lambda: bool(over), self._patience()):
+            self._gave_up = time.monotonic()
+            _log.error("%s: %d requests do not end whose memory was unmapped", self.name, len(writing))
 
     # --- the compiled loop --------------------------------------------------------------------------------
 

@@ -93,6 +93,9 @@ class DeviceUnits(Device):
         if address in self._units:
             raise ValueError(f"LUN {target}:{lun} is taken by {self._units[address].unit.store.spec}")
         unit = disks.make_unit(store, self.name, address, serial)
+        kept = unit.reservations.path
+        if kept is not None and any(known.unit.reservations.path == kept for known in self._units.values()):
+            raise ValueError(f"LUN {target}:{lun}: {kept} has another unit's reservations")
         unit.open(self.poller)
         there = self._targets.get(target)
         if there is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from pyvhost.scsi.nexus import world_wide_name
@@ -31,9 +32,26 @@ class Served(NamedTuple):
 
 
 def make_unit(store: Store | str, owner: str, address: Address, serial: str | None = None) -> LogicalUnit:
-    """A unit that is not open yet. `owner`: whose it is, by name. ValueError: a spec that can't be."""
+    """A unit that is not open yet. `owner`: whose it is, by name.
+
+    ValueError: a spec that can't be, or a file that is none of reservations; OSError: no file can be there.
+    """
     store = spec.parse(store) if isinstance(store, str) else store
-    return LogicalUnit(store, serial=serial or store.serial or _serial(store, owner, address))
+    aptpl = _file_of_reservations(store.aptpl) if store.aptpl else None
+    return LogicalUnit(store, serial=serial or store.serial or _serial(store, owner, address), aptpl=aptpl)
+
+
+def _file_of_reservations(name: str) -> Path:
+    path = Path(name).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "aptpl is a directory: a file is wanted, of the disk's own", name
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "aptpl: there is no directory for it", name)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "aptpl: its directory can't be written to", name)
+    return path
 
 
 def _serial(store: Store, owner: str, address: Address) -> str:

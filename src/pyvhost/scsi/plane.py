@@ -162,9 +162,10 @@ class DiskWorker(Worker):
 
     def operations(self, ports: Container[int], chosen: Chosen) -> Iterator[int]:
         """The addresses of the operations under way for some queues. While paused."""
-        for number in range(layout.OPS):
+        states = self._ops[layout.OP_STATE // 8 :: layout.OP_BYTES // 8]
+        for number in np.flatnonzero(states).tolist():
             op = self.ops + number * layout.OP_BYTES
-            if load64(op + layout.OP_STATE) and load64(op + layout.OP_QUEUE) in ports:
+            if load64(op + layout.OP_QUEUE) in ports:
                 tag = load64(op + layout.OP_TAG) & 0xFFFFFFFFFFFFFFFF
                 if chosen(load64(op + layout.OP_UNIT), tag):
                     yield op
@@ -174,11 +175,30 @@ class DiskWorker(Worker):
         watched = []
         with self.paused():
             for op in self.operations(ports, chosen):
-                store64(op + layout.OP_WATCHED, 1)
                 if code and not load64(op + layout.OP_ABORT):
                     store64(op + layout.OP_ABORT, code)
-                watched.append(load64(op + layout.OP_SERIAL))
+                watched.append(self._watch(op))
         return watched
+
+    def watch_writing(self, ports: Container[int], chosen: Callable[[int, int], bool]) -> list[int]:
+        """The same of operations that may yet write to guest memory of which `chosen(address, bytes)`."""
+        with self.paused():
+            return [
+                self._watch(op)
+                for op in self.operations(ports, lambda unit, tag: True)
+                if any(chosen(*piece) for piece in self._pieces(op))
+            ]
+
+    @staticmethod
+    def _watch(op: int) -> int:
+        store64(op + layout.OP_WATCHED, 1)
+        return load64(op + layout.OP_SERIAL)
+
+    @staticmethod
+    def _pieces(op: int) -> Iterator[tuple[int, int]]:
+        for i in range(load64(op + layout.OP_PIECES)):
+            piece = op + layout.OP_PIECE + 16 * i
+            yield load64(piece), load64(piece + 8)
 
     def close(self) -> None:
         """Ends the thread."""

@@ -24,7 +24,7 @@ from pyvhost.scsi.nexus import Nexus, world_wide_name
 from pyvhost.scsi.operation import Operation, Runner, Stopped, Work
 from pyvhost.scsi.ranges import Hold, Ranges
 from pyvhost.scsi.reservations import Access, Reservations
-from pyvhost.scsi.sense import Asc, Key, Sense, store_failed
+from pyvhost.scsi.sense import Asc, CheckCondition, Key, Sense, store_failed
 from pyvhost.scsi.stores.base import Extent, Store
 from pyvhost.scsi.task import Outcome, Task
 from pyvhost.scsi.task_set import Done, TaskSet
@@ -47,9 +47,8 @@ class LogicalUnit:
     """One LUN over a store, which it owns from `open` to `close`.
 
     `block_size`: bytes of a logical block, None for the store's own. `physical_block_size`: what a physical block is
-    said to have, None: as a logical one. `aptpl`: the file in which persistent
-    reservations are kept that are to outlive this process, None: they don't. ValueError: sizes that don't fit,
-    or a file that isn't one of reservations.
+    said to have, None: as the store says. `aptpl`: the file in which persistent reservations are kept that are to
+    outlive this process, None: they don't. ValueError: sizes that don't fit, or another file than one of those.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class LogicalUnit:
                 f"{store.spec}: blocks of {size} bytes: they have a power of two of bytes, from 512 to 65536, "
                 f"and are multiples of the store's {store.block_size}"
             )
-        physical = self._wanted_physical or size
+        physical = self._wanted_physical or max(size, store.physical_block_size)
         if physical < size or physical & physical - 1 or physical > size << 15:
             raise ValueError(f"{store.spec}: physical blocks of {physical} bytes don't fit blocks of {size}")
         self.block_size = size
@@ -336,7 +335,8 @@ class LogicalUnit:
         if not self.loaded:
             return Sense(Key.NOT_READY, Asc.MEDIUM_NOT_PRESENT)
         if self.gone:
-            return Sense(Key.NOT_READY, Asc.NOT_READY_CAUSE_NOT_REPORTABLE)
+            # It is looked for: an initiator tries again for a while, as Linux does for this one alone.
+            return Sense(Key.NOT_READY, Asc.NOT_READY_BECOMING_READY)
         if self.formatting is not None:
             return Sense(Key.NOT_READY, Asc.NOT_READY_FORMAT_IN_PROGRESS, progress=self.formatting)
         return None
@@ -410,6 +410,8 @@ class LogicalUnit:
     def _judge(self, error: int, lba: int | None, writing: bool) -> None:
         if error:
             failure = store_failed(error, lba, writing)
+            if self.gone and failure.sense.key is Key.NOT_READY:
+                failure = CheckCondition(Sense(Key.NOT_READY, Asc.NOT_READY_BECOMING_READY))
             _log.debug("LUN %d, block %s: %s", self.lun, lba, failure)
             raise failure
 

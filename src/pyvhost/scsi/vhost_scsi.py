@@ -10,18 +10,18 @@ is as it was, but for what the guest did to its disks. Never: makes a disk.
 from __future__ import annotations
 
 import errno
+import logging
 from functools import partial
 from typing import ClassVar, Final, NoReturn
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as scsi
-from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.plain import store64
+from pyvhost.host import eventfd
 from pyvhost.host.control_thread import ControlThread
 from pyvhost.scsi import endpoints
-from pyvhost.scsi.device import MAX_REQUEST_QUEUES, ScsiDevice
-from pyvhost.scsi.device_units import Unit
+from pyvhost.scsi.control_seat import ControlSeat
+from pyvhost.scsi.device import CONTROL, EVENT, MAX_REQUEST_QUEUES, ScsiDevice
 from pyvhost.scsi.endpoints import Endpoint
 from pyvhost.scsi.nexus import Nexus
 from pyvhost.scsi.plane import DiskWorker, Plane
@@ -34,6 +34,8 @@ from pyvhost.vhost.device import TRANSPORT_FEATURES
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.kernel_device import KernelDevice
 from pyvhost.vhost.opening import register
+
+_log = logging.getLogger(__name__)
 
 PATH: Final = "/dev/vhost-scsi"
 
@@ -59,8 +61,17 @@ class VhostScsi(ScsiDevice, KernelDevice):
         super().__init__(request_queues=MAX_REQUEST_QUEUES, name=name)
         self.control = ControlThread.get()
         self._endpoint: Endpoint | None = None
-        poller = self.control.poller
-        self.control.call(lambda: self.attach(poller))
+        self._seat = -1
+        self.control.call(self._begin)
+
+    def _begin(self) -> None:
+        assert self.control is not None
+        self._seat = ControlSeat.get().take(self._lost)
+        try:
+            self.attach(self.control.poller)
+        except BaseException:
+            ControlSeat.get().give_back(self._seat)
+            raise
 
     # --- what vhost.Device asks ---------------------------------------------------------------------------
 
@@ -74,13 +85,14 @@ class VhostScsi(ScsiDevice, KernelDevice):
         """Has the queues know how long a request's header is."""
         for queue in self._queues:
             queue.header = self._header
-        for known in self._units.values():
-            self._fast_changed(known)
 
     def close(self) -> None:
         """Gives up the endpoint, rings and descriptors."""
         self._leave_endpoint()
         super().close()
+        if self._seat >= 0:
+            seat, self._seat = self._seat, -1
+            ControlSeat.get().give_back(seat)
 
     # --- the seed's ioctls that are scsi's own --------------------------------------------------------------
 
@@ -182,15 +194,39 @@ class VhostScsi(ScsiDevice, KernelDevice):
         for known in left:
             self._drain(known, partial(self._release, known.row))
 
+    def _look_again(self) -> None:
+        super()._look_again()
+        if self._seat >= 0:
+            # What the control thread may touch is what any ring was lent.
+            record = ControlSeat.get().rings[self._seat]
+            self._memory.point(self.vrings[CONTROL], record, self.acked_features)
+            record["own"] = record["located"] = int(bool(self._bound))
+
+    def running_changed(self) -> None:
+        """A ring has started or stopped."""
+        super().running_changed()
+        if self._seat >= 0 and not any(vring.place is not None for vring in self.vrings):
+            ControlSeat.get().rings[self._seat]["own"] = 0
+
+    def _lost(self, page: int) -> None:
+        """The control thread has met a hole in what was lent: its rings stop until they are bound anew."""
+        _log.error(
+            "%s: stopped: memory that was lent to it has been unmapped, at %#x; it rests until it is bound anew",
+            self.name,
+            page,
+        )
+        for index in (CONTROL, EVENT):
+            vring = self.vrings[index]
+            if vring.place is None:
+                continue
+            record = vring.place.record
+            record["running"] = record["fault"] = record["own"] = 0
+            record["lost"] = 1
+            if vring.err >= 0:
+                eventfd.signal(vring.err)
+
     def _take_worker(self) -> DiskWorker:
         return Plane.get().in_process.take()
-
-    def _fast_changed(self, known: Unit) -> None:
-        if self.protected:
-            # The loop does not know where the CDB is then.
-            store64(known.entry + layout.UNIT_FAST, 0)
-        else:
-            super()._fast_changed(known)
 
     # --- what it does not have --------------------------------------------------------------------------------
 

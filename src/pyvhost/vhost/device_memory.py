@@ -234,9 +234,10 @@ class DeviceMemory(ABC):
         """VHOST_IOTLB_INVALIDATE: when it returns nobody uses the range any more. EFAULT: there is no IOTLB."""
         iotlb = self._iotlb()
         with self._all_paused():
-            iotlb.invalidate(iova, size)
+            lost = iotlb.invalidate(iova, size)
             self._rings.point()
             self._rings.locate_again(iova, size)
+        self._until_unwritten(lost)
 
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
@@ -293,6 +294,11 @@ class DeviceMemory(ABC):
         A device whose chains outlive a pause waits for those that were begun before.
         """
         done()
+
+    def _until_unwritten(  # noqa: B027 - what outlives a pause is a device type's own
+        self, lost: Sequence[tuple[int, int]]
+    ) -> None:
+        """Waits until nobody writes into guest memory (address and bytes of each piece) that rings have just lost."""
 
     @staticmethod
     def _check_fd(what: str, name: str, fd: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeGuard
 
-from pyvhost.abi import _ioctl, vhost, virtio, virtio_net, virtio_scsi, virtio_vsock
+from pyvhost.abi import _ioctl, vhost, virtio, virtio_blk, virtio_net, virtio_scsi, virtio_vsock
 
 INCLUDES = (
     "stddef.h",
@@ -23,6 +23,7 @@ INCLUDES = (
     "linux/ioctl.h",
     "linux/version.h",
     "linux/vhost.h",
+    "linux/virtio_blk.h",
     "linux/virtio_config.h",
     "linux/virtio_ids.h",
     "linux/virtio_net.h",
@@ -37,6 +38,7 @@ MODULES: dict[ModuleType, tuple[str, str]] = {
     _ioctl: ("_IOC_", ""),
     vhost: ("VHOST_", "vhost_"),
     virtio: ("VIRTIO_", ""),
+    virtio_blk: ("VIRTIO_BLK_", "virtio_blk_"),
     virtio_net: ("VIRTIO_NET_", "virtio_"),
     virtio_scsi: ("VIRTIO_SCSI_", "virtio_"),
     virtio_vsock: ("VIRTIO_VSOCK_", "virtio_"),

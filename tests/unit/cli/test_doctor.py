@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from rich.console import Console
 from pyvhost.cli import checks, doctor
 from pyvhost.cli.checks import Check, Found, State
 from pyvhost.host import kvm, memfd, tap
+from pyvhost.scsi.stores import libnbd
 
 YES = Found(State.YES, "it is")
 
@@ -202,6 +204,28 @@ def test_numba_as_it_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     found = named("compiler")
     assert found.state is State.YES
     assert "the first start will compile" in found.text
+
+
+def test_nbd_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    libnbd.library.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    found = named("NBD")
+    assert (found.state, found.packages) == (State.NO, ("libnbd0",))
+    assert "libnbd0" in found.text
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.EPERM, "io_uring_disabled"), (errno.ENOSYS, "no rings")])
+def test_a_host_without_io_uring(monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
+    def refuse(entries: int) -> None:
+        raise OSError(number, "no rings")
+
+    monkeypatch.setattr(checks, "Uring", refuse)
+    found = named("io_uring")
+    assert found.state is State.NOTE, "disks are served all the same"
+    assert says in found.text
 
 
 def test_tap_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

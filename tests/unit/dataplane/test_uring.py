@@ -141,3 +141,29 @@ def test_what_it_does_not_take_is_taken_back(code: Any, disks: Disks, file: int)
     assert disks.reap(code, 1) == {13: 16}
     assert room[0] == 3
     assert os.pread(file, 4, 0) == bytes(range(4))
+
+
+@TWINS
+def test_one_buffer_needs_no_iovec(disks: Disks, file: int, code: Any) -> None:
+    data, back = np.full(512, 7, np.uint8), np.zeros(512, np.uint8)
+    code.push(disks.address, code.OP_WRITE, file, int(data.ctypes.data), 512, 1024, 0, 1)
+    assert code.submit(disks.address) == 1
+    assert disks.reap(code, 1) == {1: 512}
+    code.push(disks.address, code.OP_READ, file, int(back.ctypes.data), 512, 1024, 0, 2)
+    code.submit(disks.address)
+    assert disks.reap(code, 1) == {2: 512}
+    assert back.tobytes() == data.tobytes()
+
+
+@TWINS
+def test_completions_are_counted_until_they_are_consumed(disks: Disks, file: int, code: Any) -> None:
+    back = np.zeros(512, np.uint8)
+    for mark in range(3):
+        code.push(disks.address, code.OP_READ, file, int(back.ctypes.data), 512, 0, 0, mark)
+    assert code.completions(disks.address) == 0
+    code.submit(disks.address)
+    disks.reap(code, 1)
+    while code.completions(disks.address) < 2:
+        assert select.select([disks.ring.fd], [], [], 30)[0]
+    disks.reap(code, 2)
+    assert code.completions(disks.address) == 0

@@ -140,8 +140,7 @@ def _block_limits(unit: LogicalUnit) -> bytes:
 
     put(5, 1, compare.MAX_COMPARE)
     put(4, 1, 0x01)  # WSNZ: WRITE SAME of no blocks doesn't mean all
-    # Smaller pieces than 4096 bytes are no good for most stores, whatever the blocks are.
-    put(6, 2, max(4096, unit.physical_block_size) // unit.block_size)
+    put(6, 2, unit.physical_block_size // unit.block_size)
     if provisioning.unmaps(unit):
         put(20, 4, provisioning.MAX_UNMAP)
         put(24, 4, provisioning.MAX_UNMAP_DESCRIPTORS)

@@ -58,6 +58,8 @@ class Store(ABC):
         self.size = 0
         #: 512 or 4096: what a logical block is to be unless somebody says otherwise.
         self.block_size = 512
+        #: What is written in one piece underneath, for a guest to align to; 0: not known, or no more than a block.
+        self.physical_block_size = 0
         #: Whether it is there. A store behind a network may not be yet when `open` returns: `on_state(True)` then
         #: tells when it is, and only then `size` and the rest of what follows are true.
         self.online = True
@@ -71,6 +73,8 @@ class Store(ABC):
         self.spec = ""
         #: What the unit serial number says, where the store knows one.
         self.serial: str | None = None
+        #: The file in which persistent reservations are to be kept that outlive power loss, if that was asked for.
+        self.aptpl: str | None = None
         #: `discard` works, in units of `unmap_granularity` bytes (others are left as they are).
         self.can_unmap = False
         self.unmap_granularity = 0

@@ -107,6 +107,8 @@ class FileStore(DescriptorStore):
         self._device = stat.S_ISBLK(found.st_mode)
         least = system.sector_size(fd) if self._device else 512
         self.block_size = self._block_size or min(max(least, 512), 4096)
+        if self._device and not self.physical_block_size:
+            self.physical_block_size = system.physical_sector_size(fd)
         if self.block_size < least:
             raise OSError(errno.EINVAL, f"its sectors have {least} bytes: ,block={least}", self.path)
         if self._device and not self.read_only and system.device_read_only(fd):

@@ -59,6 +59,7 @@ _H, _P, _INT, _U32, _U64, _I64 = (
 _CALLS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "create": (_P, []),
     "close": (None, [_H]),
+    "get_version": (ctypes.c_char_p, [_H]),
     "get_error": (ctypes.c_char_p, []),
     "get_errno": (_INT, []),
     "add_meta_context": (_INT, [_H, ctypes.c_char_p]),
@@ -116,6 +117,18 @@ def library() -> Any:
         call = getattr(found, f"nbd_{name}")
         call.restype, call.argtypes = result, arguments
     return found
+
+
+def version() -> str:
+    """The library's version. NbdError ENOENT: it isn't installed."""
+    called = library()
+    handle = called.nbd_create()
+    if not handle:
+        raise NbdError(errno.ENOMEM, "libnbd has no handle to give")
+    try:
+        return str(called.nbd_get_version(handle).decode())
+    finally:
+        called.nbd_close(handle)
 
 
 class Handle:

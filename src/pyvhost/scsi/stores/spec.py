@@ -28,7 +28,7 @@ _URI: Final = re.compile(r"nbds?(\+(unix|vsock|ssh))?://")
 _SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _ERRORS: Final = {name: getattr(errno, name) for name in ("EIO", "ENOSPC", "ENODEV", "EROFS", "ETIMEDOUT")}
 _WRAPPERS: Final = ("delay", "error-rate", "limit")
-_COMMON: Final = ("readonly", "serial", "block", *_WRAPPERS)
+_COMMON: Final = ("readonly", "serial", "block", "physical", "aptpl", *_WRAPPERS)
 _OPTIONS: Final = {
     "file": (*_COMMON, "shared", "direct"),
     "memory": _COMMON,
@@ -57,6 +57,8 @@ def parse(text: str) -> Store:
     except ValueError as error:
         raise error if isinstance(error, SpecError) else SpecError(f"{text!r}: {error}") from None
     store.serial = given.value("serial", _serial)
+    store.physical_block_size = given.value("physical", _block) or 0
+    store.aptpl = given.value("aptpl", str)
     for name, value in options:
         if name in _WRAPPERS:
             store = _wrap(store, _Given(text, [(name, value)]), name)

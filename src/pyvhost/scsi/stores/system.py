@@ -22,6 +22,7 @@ ZERO_RANGE: Final = 0x10
 # linux/fs.h
 _BLKSSZGET: Final = 0x1268
 _BLKROGET: Final = 0x125E
+_BLKPBSZGET: Final = 0x127B
 _BLKZEROOUT: Final = 0x127F
 # fcntl.h: locks of an open file, not of a process, so that two disks of one process part as well
 _OFD_SETLK: Final = 37
@@ -60,6 +61,11 @@ def direct_alignment(fd: int) -> tuple[int, int] | None:
 def sector_size(fd: int) -> int:
     """Bytes of a block device's logical sector."""
     return int(struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0])
+
+
+def physical_sector_size(fd: int) -> int:
+    """Bytes of a block device's physical sector: what it writes in one piece."""
+    return int(struct.unpack("I", fcntl.ioctl(fd, _BLKPBSZGET, bytes(4)))[0])
 
 
 def device_read_only(fd: int) -> bool:

@@ -29,13 +29,14 @@ class Wrapper(Store):
         self._poller: Poller | None = None
         super().__init__()
         self.spec = inner.spec
-        self.serial = inner.serial
+        self.serial, self.aptpl = inner.serial, inner.aptpl
         self._follow()
 
     def _follow(self) -> None:
         """Become what the inner store is."""
         inner = self.inner
         self.size, self.block_size, self.online = inner.size, inner.block_size, inner.online
+        self.physical_block_size = inner.physical_block_size
         self.read_only, self.wce, self.atomic_max = inner.read_only, inner.wce, inner.atomic_max
         self.can_unmap, self.unmap_granularity = inner.can_unmap, inner.unmap_granularity
         self.can_write_zeroes = inner.can_write_zeroes

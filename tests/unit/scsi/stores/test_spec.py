@@ -41,9 +41,11 @@ def test_paths(text: str, path: str) -> None:
 
 
 def test_other_kinds() -> None:
-    memory = parse("memory:64M,serial=disk 1,block=4096")
+    memory = parse("memory:64M,serial=disk 1,block=4096,aptpl=/var/lib/a,,b")
     assert isinstance(memory, MemoryStore)
-    assert (memory.serial, memory.block_size) == ("disk 1", 4096)
+    assert (memory.serial, memory.block_size, memory.aptpl) == ("disk 1", 4096, "/var/lib/a,b")
+    wrapped = parse("disk.img,aptpl=kept,delay=1,physical=4096")
+    assert (wrapped.aptpl, wrapped.physical_block_size) == ("kept", 4096)
     for text in ("nbd:nbd://localhost/x,timeout=2.5", "nbd://localhost/x,tls=require"):
         nbd = parse(text)
         assert isinstance(nbd, NbdStore)
