@@ -210,14 +210,32 @@ class VsockDevice(Device):
         return bytes(abi.VsockConfig(guest_cid=self.guest_cid))[offset : offset + size]
 
     def set_vring_running(self, index: int, running: bool) -> None:
-        """Serve a vring, or let it rest. A driver that knew another back end hears that its connections are gone."""
+        """Serve a vring, or let it rest.
+
+        A driver that knew another back end hears that its connections are gone; one that begins anew, as after
+        QEMU's reset, has none of its predecessor's.
+        """
         first = running and 0 <= index < len(self.vrings) and index not in self._seen
+        if running and not first and self._anew(index):
+            self._forget()
         if first:
             self._seen.add(index)
             self._resumed |= self.vrings[index].base != 0
         super().set_vring_running(index, running)
         if first and self._resumed and len(self._seen) == len(self.vrings):
             self.transport_reset()
+
+    def _anew(self, index: int) -> bool:
+        """Whether with this ring both that carry packets, which have run before, begin at their beginning."""
+        if index not in (RX, TX):
+            return False
+        other = self.vrings[TX if index == RX else RX]
+        return self.vrings[index].base == 0 and other.place is not None and other.base == 0
+
+    def _forget(self) -> None:
+        if self._link is not None:
+            self._link.forget_packets()
+            self.connections.restart()
 
     def transport_reset(self) -> bool:
         """Tells the guest that none of its connections is left (5.10.6.7); False: it has no buffer for that."""
@@ -230,9 +248,7 @@ class VsockDevice(Device):
         super().reset()
         self._seen.clear()
         self._resumed = False
-        if self._link is not None:
-            self._link.forget_packets()
-            self.connections.restart()
+        self._forget()
 
     def close(self) -> None:
         """Gives up rings and connections."""

@@ -90,5 +90,42 @@ def test_a_driver_that_has_known_another_back_end_hears_of_it(front: FrontEnd, d
         assert device.get_vring_base(EVENT) == 1
 
 
+def test_a_driver_that_begins_anew_has_no_connections(front: FrontEnd, device: VsockDevice) -> None:
+    with GuestMemory(16 * MIB) as memory:
+        for _ in range(2):
+            driver = VsockDriver(front, memory)
+            driver.start()
+            with serving(device):
+                driver.listen(80)
+                driver.answers = False
+                device.connections.connect(Silent(), abi.TYPE_STREAM, 81)
+                driver.stray()
+            assert device.link.open_connections == 1
+            # QEMU's reset: the rings are stopped, and those of the next driver start where rings begin.
+            for index in range(3):
+                front.stop_ring(index)
+
+
+class Silent:
+    """An end that is never connected."""
+
+    fd = -1
+
+    def accepted(self) -> None:
+        raise AssertionError("nobody accepts it")
+
+    def refused(self, reason: str) -> None:
+        pass
+
+    def shutdown(self, flags: int) -> None:
+        pass
+
+    def ended(self) -> int:
+        return 0
+
+    def close(self, reset: bool) -> None:
+        pass
+
+
 def test_a_driver_without_event_buffers_hears_nothing(front: FrontEnd, device: VsockDevice) -> None:
     assert not device.transport_reset()

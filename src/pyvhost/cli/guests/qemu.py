@@ -282,7 +282,8 @@ class QemuGuest(Guest):
             argv += ["-chardev", f"socket,id=disks{number},path={_escaped(controller.socket)}{again}"]
             argv += ["-device", _controller(number, controller, self.accelerator)]
         if self.vsock is not None:
-            argv += ["-chardev", f"socket,id=vsock,path={_escaped(self.vsock)}{again}"]
+            # QEMU 7.2 does not dial again for this device.
+            argv += ["-chardev", f"socket,id=vsock,path={_escaped(self.vsock)}"]
             # Vectors as for the others: one a ring (rx, tx, event), one for the configuration.
             vectors = 0 if self.accelerator == "tcg" else 4
             argv += ["-device", f"vhost-user-vsock-pci,chardev=vsock,id=vsock0,vectors={vectors}"]
