@@ -60,10 +60,8 @@ def test_a_service_of_the_host_for_the_guest(device: SocketDevice, guest: UmlGue
     with subprocess.Popen(command) as child:
         while not path.exists():
             assert child.poll() is None
-        assert (
-            guest.run("socat -u VSOCK-CONNECT:2:80,retry=50,interval=0.1 -", timeout=PATIENCE).output.strip()
-            == "hello, guest"
-        )
+        said = guest.run("socat -u VSOCK-CONNECT:2:80,retry=50,interval=0.1 -", timeout=PATIENCE).output
+        assert said.strip() == "hello, guest"
         assert child.wait(PATIENCE) == 0
 
 

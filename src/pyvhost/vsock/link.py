@@ -84,7 +84,7 @@ class Link:
         #: By slot: what the loop holds of a connection, and how much it was granted.
         self._held: dict[int, tuple[list[mmap.mmap], int]] = {}
         self._backlog: deque[tuple[int, ...]] = deque()
-        self._within = False
+        self._within = self._owed = False
         #: buf_alloc and fwd_cnt of the packet that is told: a REQUEST's are those of the connection that it opens.
         self._credit = 0, 0
         kept = layout.TOLD_AT_MOST * limit
@@ -353,18 +353,21 @@ class Link:
         self._ring()
 
     def _ring(self) -> None:
-        if not self._within:
+        if self._within:
+            self._owed = True
+        else:
             os.eventfd_write(self._bell, 1)
 
     @contextmanager
     def _batch(self) -> Iterator[None]:
-        """The loop is woken once, at the end."""
-        self._within = True
+        """The loop is woken once, at the end, if there is something for it."""
+        self._within, self._owed = True, False
         try:
             yield
         finally:
             self._within = False
-            self._ring()
+            if self._owed:
+                self._ring()
 
 
 def _address(memory: mmap.mmap) -> int:
