@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyvhost.abi import virtio_vsock as abi
+from pyvhost.vsock.ends import unix
 from pyvhost.vsock.ends.unix import UnixEnds
 from vsock_host import PATIENCE, PlainHost, shut
 from vsock_parts import BOTH
@@ -177,6 +179,24 @@ def test_of_many_silent_ones_the_oldest_goes(path: Path) -> None:
         assert [sock.recv(1) for sock in silent[:2]] == [b"", b""]
         silent[2].sendall(b"CONNECT 9\n")
         assert host.asked().guest_port == 9
+
+
+def test_who_comes_when_there_is_no_descriptor_left_waits(
+    host: PlainHost, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(unix, "_SHORTAGE", 0.01)
+    with client(path) as sock:
+        sock.sendall(b"CONNECT 3\n")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            host.turn()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "a client can't be let in" in caplog.text
+        assert host.asked().guest_port == 3
 
 
 def test_seqpacket_has_a_socket_of_its_own(host: PlainHost, path: Path) -> None:
