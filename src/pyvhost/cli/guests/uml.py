@@ -34,7 +34,7 @@ _VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 class UmlGuest(Guest):
     """A UML with one virtio NIC for each of `sockets`, and one virtio SCSI controller for each of `disks`.
 
-    `vsock`: the back end's socket of its one virtio socket device. The back ends must be listening on them by `start`.
+    `vsock`: the back end's socket of its one virtio socket device. The back ends must be listening by `start`.
     `modules`: the drivers to load; default: what the cards need.
     """
 
