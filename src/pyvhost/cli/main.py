@@ -36,6 +36,7 @@ COMMANDS: Final = (
 BENCHES: Final = (
     ("net", "pyvhost.cli.bench.command", "the network card against DPDK's back end"),
     ("ring", "pyvhost.cli.bench.ring", "what logging, translation and byte order cost a ring"),
+    ("vsock", "pyvhost.cli.bench.vsock", "a guest's sockets against a unix socket pair"),
 )
 
 _LEVELS: Final = ("trace", "debug", "info", "warning", "error")
