@@ -1,7 +1,7 @@
 """User Mode Linux, unmodified, with disks of `pyvhost scsi` on every kind of store at once.
 
 A file, memory, nbdkit, qcow2 through qemu-nbd, and a file that is read-only are disks of one guest: it partitions,
-makes file systems, checks what it reads back, reboots, and sees disks come, grow and go.
+makes file systems, checks what it reads back, is started again, and sees disks come, grow and go.
 """
 
 from __future__ import annotations
@@ -64,7 +64,15 @@ class World:
             request_queues=2,
         )
         served.wait()
-        self.guest = UmlGuest(disks=[self.controller.socket], memory_mib=160)
+        self.guest = self.next_guest()
+
+    def next_guest(self) -> UmlGuest:
+        """One that was not started."""
+        return UmlGuest(disks=[self.controller.socket], memory_mib=160)
+
+    def stop(self) -> None:
+        """End the guest that there is by then."""
+        self.guest.stop()
 
     def systems(self, *places: str) -> dict[str, str]:
         """Block devices as this boot names them, and the file systems on them: these, or all."""
@@ -100,7 +108,7 @@ def world(served: Served) -> Iterator[World]:
     need(os.access("/dev/shm", os.W_OK), "a /dev/shm that can be written")
     with ExitStack() as stack:
         found = World(served, stack)
-        stack.callback(found.guest.stop)
+        stack.callback(found.stop)
         found.guest.start()
         yield found
 
@@ -161,15 +169,19 @@ def test_a_disk_goes_under_load(world: World, guest: UmlGuest) -> None:
     scsi_guest.goes_under_load(guest, world.controller, PLACES)
 
 
-def test_the_guest_reboots(world: World, guest: UmlGuest) -> None:
-    """Files that it has kept on four stores are the same in the next boot."""
+def test_the_guest_boots_again(world: World, guest: UmlGuest) -> None:
+    """Files that it has kept on four stores are the same in the next boot.
+
+    It is powered off and started: where Debian 12's UML starts itself anew it now and then takes a fault at once, and
+    again without end, with QEMU's own back end as well.
+    """
     systems = world.systems()
     scsi_guest.mount(guest, systems)
     kept = [scsi_guest.write_file(guest, block) for block in systems]
     scsi_guest.unmount(guest, systems)
-    boot = guest.boot_id
-    guest.reboot()
-    assert guest.boot_id != boot
+    assert guest.power_off() == 0
+    world.guest = guest = world.next_guest()
+    guest.start()
     scsi_guest.wait_disks(guest, *PLACES)
     systems = world.systems()
     scsi_guest.check(guest, systems)

@@ -35,6 +35,7 @@ COMMANDS: Final = (
 #: `pyvhost bench`, by what is measured.
 BENCHES: Final = (
     ("net", "pyvhost.cli.bench.command", "the network card against DPDK's back end"),
+    ("scsi", "pyvhost.cli.bench.scsi", "a disk against its file, qemu-storage-daemon's and QEMU's own"),
     ("ring", "pyvhost.cli.bench.ring", "what logging, translation and byte order cost a ring"),
     ("vsock", "pyvhost.cli.bench.vsock", "a guest's sockets against a unix socket pair"),
 )

@@ -116,8 +116,10 @@ DISKS_DONE_TAKEN: Final = 144
 DISKS_BEGUN: Final = 152
 #: Whether what was submitted last had ended before the call was back: the store answers from memory.
 DISKS_AT_ONCE: Final = 160
-#: Turns since epoll was looked into.
-DISKS_TURNS: Final = 168
+#: When epoll was looked into.
+DISKS_LOOKED: Final = 168
+#: The submission queue's flags: whether operations have ended that the host has yet to say so of.
+DISKS_SQ_FLAGS: Final = 176
 DISKS_BYTES: Final = 192
 
 #: An entry to Python: four numbers.

@@ -55,8 +55,8 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_AT_ONCE,
     DISKS_DONE_PUT,
     DISKS_DONE_TAKEN,
+    DISKS_LOOKED,
     DISKS_OPS,
-    DISKS_TURNS,
     DONE_FAILED,
     DONE_HEAD,
     DONE_KIND,
@@ -87,14 +87,14 @@ from pyvhost.dataplane.scsi_blocks import (
 from pyvhost.dataplane.scsi_io import done_entry, free_todo, give_back, respond, start, tell
 from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take_kept, use, want_kicks
 from pyvhost.dataplane.translate import fault
-from pyvhost.dataplane.uring import completions, consume, next_completion, submit, withdraw
+from pyvhost.dataplane.uring import completions, consume, needs_a_call, next_completion, submit, withdraw
 
 #: Room in Python's queue that is kept for operations that end: what each may have to say, and once more.
 _RESERVED: Final = 4 * OPS
 #: Bytes that are submitted in one call to a store that answers at once: the driver has something to do meanwhile.
 _AT_ONCE_BYTES: Final = 64 << 10
-#: A worker that is never without work looks into epoll every so many turns.
-_TURNS: Final = 32
+#: A worker that does not sleep looks into epoll after so long.
+_LOOK_NS: Final = 32 << 10
 #: A queue that was idle no longer than this the last time is looked at for so long before it rests.
 _SHORT_NS: Final = 32 << 10
 
@@ -317,7 +317,6 @@ def _activate(worker: Record, rings: Records, queues: Records, index: int) -> No
 def _wait(worker: Record, rings: Records, queues: Records, timeout_ms: int) -> None:
     """Sleeps in epoll and wakes the queues that were kicked."""
     events = worker["events"]
-    store64(worker["disks"] + DISKS_TURNS, 0)
     ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
     count(worker["row"], C_SYSCALLS, 1)
     for i in range(ready):
@@ -403,13 +402,12 @@ def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
         # Not before every queue has had its turn: what was used is shown when the loop is out.
         if worker["reason"] != REASON_STOP:
             return worker["reason"]
-        turns = load64(disks + DISKS_TURNS) + 1
-        store64(disks + DISKS_TURNS, turns)
         if moved == 0 and worker["active_count"] == 0:
             # Asleep until a kick, Python, or the host.
             _wait(worker, rings, queues, -1)
-        elif turns >= _TURNS or worker["faults"]:
+        elif now - load64(disks + DISKS_LOOKED) >= _LOOK_NS or needs_a_call(disks) or worker["faults"]:
             _wait(worker, rings, queues, 0)
+            store64(disks + DISKS_LOOKED, now)
         if worker["reason"] != REASON_STOP:
             return worker["reason"]
     return REASON_STOP

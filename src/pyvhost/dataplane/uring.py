@@ -29,6 +29,7 @@ from pyvhost.dataplane.scsi_blocks import (
     DISKS_CQES,
     DISKS_PUSHED,
     DISKS_SQ_ARRAY,
+    DISKS_SQ_FLAGS,
     DISKS_SQ_MASK,
     DISKS_SQ_TAIL,
     DISKS_SQES,
@@ -40,6 +41,7 @@ OP_WRITEV: Final = 2
 #: One buffer: its address and length take the place of those of the iovecs (Linux 5.6).
 OP_READ: Final = 22
 OP_WRITE: Final = 23
+_SQ_TASKRUN: Final = 4
 _SQE_BYTES: Final = 64
 _CQE_BYTES: Final = 16
 
@@ -99,6 +101,12 @@ def withdraw(disks: int) -> int:
     store32_release(tail_at, tail)
     store64(disks + DISKS_PUSHED, pushed - 1)
     return load64(load64(disks + DISKS_SQES) + (tail & load64(disks + DISKS_SQ_MASK)) * _SQE_BYTES + 32)
+
+
+@inline
+def needs_a_call(disks: int) -> bool:
+    """Whether operations have ended, and only the next system call makes completions of that."""
+    return load32(load64(disks + DISKS_SQ_FLAGS)) & _SQ_TASKRUN != 0
 
 
 @inline

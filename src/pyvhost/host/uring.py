@@ -22,6 +22,8 @@ _SETUP: Final = 425
 _SETUP_CLAMP: Final = 1 << 4
 #: What an operation leaves to do when it ends is done at the next system call, and interrupts nobody (Linux 5.19).
 _SETUP_COOP_TASKRUN: Final = 1 << 8
+#: The submission queue's flags say when there is some.
+_SETUP_TASKRUN_FLAG: Final = 1 << 9
 _FEAT_SINGLE_MMAP: Final = 1 << 0
 _FEAT_NODROP: Final = 1 << 1
 _FEAT_SUBMIT_STABLE: Final = 1 << 2
@@ -65,7 +67,7 @@ class Uring:
     """An io_uring of `entries` submissions. OSError: the host has none (ENOSYS, EPERM), or too old a one."""
 
     def __init__(self, entries: int) -> None:
-        for flags in (_SETUP_CLAMP | _SETUP_COOP_TASKRUN, _SETUP_CLAMP):
+        for flags in (_SETUP_CLAMP | _SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG, _SETUP_CLAMP):
             params = _Params(flags=flags)
             self.fd = int(_libc.syscall(_SETUP, entries, ctypes.byref(params)))
             code = ctypes.get_errno() if self.fd < 0 else 0
@@ -91,6 +93,7 @@ class Uring:
             raise
         self.sq_tail = base + params.sq.tail
         self.sq_array = base + params.sq.array
+        self.sq_flags = base + params.sq.flags
         self.sq_mask = params.sq_entries - 1
         self.cq_head = base + params.cq.head
         self.cq_tail = base + params.cq.tail

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from pyvhost.abi.vhost import ACCESS_WO
 from pyvhost.memory.regions import NO_GUEST, MemoryTable, Row, rows_block
 
 #: As Linux's vhost (max_iotlb_entries).
@@ -100,10 +101,19 @@ class Iotlb:
         return retired
 
     def invalidate(self, iova: int, size: int) -> list[tuple[int, int]]:
-        """Forgets each entry that has any of the range; the guest memory, address and bytes, that these meant."""
+        """Forgets each entry that has any of the range; the guest memory, address and bytes, that these let write."""
         entries = self._touching(iova, size)
         self._drop(entries)
-        return [(guest, length) for entry in entries for _, length, host, guest, _ in entry.rows if host]
+        rows = (row for entry in entries for row in entry.rows)
+        return [(guest, length) for _, length, host, guest, access in rows if host and access & ACCESS_WO]
+
+    def lets_write(self, guest: int, size: int) -> bool:
+        """Whether some entry allows to write all of a piece of guest memory."""
+        return any(
+            start <= guest and guest + size <= start + length and access & ACCESS_WO
+            for _, length, host, start, access in self._rows
+            if host
+        )
 
     def ranges(self, iova: int, size: int, access: int) -> Iterator[tuple[int, int, int]]:
         """Host address, bytes and guest address of each piece of a range.

@@ -287,7 +287,7 @@ class ScsiDevice(DeviceUnits):
             names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
         self._endings.wait(names, done)
 
-    def _until_unwritten(self, lost: Sequence[tuple[int, int]]) -> None:
+    def _until_unwritten(self, lost: Sequence[tuple[int, int]], kept: Callable[[int, int], bool]) -> None:
         if not lost or self._worker is None or self.poller is None:
             return
         # Of what is lost, ends and then starts: a piece is part of it unless as many have ended as have begun.
@@ -295,7 +295,7 @@ class ScsiDevice(DeviceUnits):
         ends = sorted(start + length for start, length in lost)
 
         def touches(at: int, size: int) -> bool:
-            return bisect_left(starts, at + size) > bisect_right(ends, at)
+            return bisect_left(starts, at + size) > bisect_right(ends, at) and not kept(at, size)
 
         writing: set[Hashable] = set(self._worker.watch_writing(self._ports(), touches))
         for queue in (*self._queues, *self._left):

@@ -93,12 +93,14 @@ class DiskWorker(Worker):
             # An empty completion queue, for the loop to look at.
             store64(self.disks + layout.DISKS_CQ_HEAD, int(self._taken.ctypes.data) + 32)
             store64(self.disks + layout.DISKS_CQ_TAIL, int(self._taken.ctypes.data) + 32)
+            store64(self.disks + layout.DISKS_SQ_FLAGS, int(self._taken.ctypes.data) + 32)
             return None
         for at, value in (
             (layout.DISKS_URING_FD, uring.fd),
             (layout.DISKS_SQ_TAIL, uring.sq_tail),
             (layout.DISKS_SQ_MASK, uring.sq_mask),
             (layout.DISKS_SQ_ARRAY, uring.sq_array),
+            (layout.DISKS_SQ_FLAGS, uring.sq_flags),
             (layout.DISKS_SQES, uring.sqes),
             (layout.DISKS_CQ_HEAD, uring.cq_head),
             (layout.DISKS_CQ_TAIL, uring.cq_tail),

@@ -237,7 +237,8 @@ class DeviceMemory(ABC):
             lost = iotlb.invalidate(iova, size)
             self._rings.point()
             self._rings.locate_again(iova, size)
-        self._until_unwritten(lost)
+        # Neighbours in a page have entries of their own for it: theirs is none of what nobody may use any more.
+        self._until_unwritten(lost, iotlb.lets_write)
 
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
@@ -296,9 +297,12 @@ class DeviceMemory(ABC):
         done()
 
     def _until_unwritten(  # noqa: B027 - what outlives a pause is a device type's own
-        self, lost: Sequence[tuple[int, int]]
+        self, lost: Sequence[tuple[int, int]], kept: Callable[[int, int], bool]
     ) -> None:
-        """Waits until nobody writes into guest memory (address and bytes of each piece) that rings have just lost."""
+        """Waits until nobody writes into guest memory that rings have just lost.
+
+        `lost`: address and bytes of each piece; `kept(address, bytes)`: whether that may be written to all the same.
+        """
 
     @staticmethod
     def _check_fd(what: str, name: str, fd: int) -> None:

@@ -220,3 +220,19 @@ def test_rows_are_what_a_search_of_every_byte_finds(told: list[tuple[str, *tuple
         before = rows(iotlb)
         iotlb._rebuild()
         assert rows(iotlb) == before
+
+
+def test_what_an_invalidation_takes_away_from_writers() -> None:
+    iotlb = Iotlb(table_of(*APART))
+    # Two mappings of one page, one that may only be read, and one across both regions.
+    iotlb.update(0x1000, PAGE, 0x10000, ACCESS_RW)
+    iotlb.update(0x3000, PAGE, 0x10000, ACCESS_WO)
+    iotlb.update(0x5000, PAGE, 0x11000, ACCESS_RO)
+    assert iotlb.invalidate(0x5000, 1) == [], "nobody could write there"
+    assert iotlb.invalidate(0x1800, 1) == [(0x5000, PAGE)]
+    assert iotlb.lets_write(0x5010, 16), "by the other one"
+    assert not iotlb.lets_write(0x5FF8, 16), "not all of it"
+    assert not iotlb.lets_write(0x90000, 1)
+    iotlb.update(0x8000, 0x1800, 0x10400, ACCESS_RW)
+    assert sorted(iotlb.invalidate(0, TOP)) == [(0x5000, PAGE), (0x5400, 0xC00), (0x90000, 0xC00)]
+    assert not iotlb.lets_write(0x5010, 16)

@@ -25,6 +25,7 @@ from pathlib import Path
 NAMED = (
     *("read", "write", "readv", "writev", "recvfrom", "sendto", "recvmsg", "sendmsg", "recvmmsg", "sendmmsg"),
     *("epoll_wait", "epoll_pwait", "poll", "ppoll", "ioctl", "futex", "clock_nanosleep", "sched_yield"),
+    *("io_uring_enter", "pread64", "pwrite64"),
 )
 _TOTAL = "raw_syscalls:sys_enter"
 
@@ -99,6 +100,25 @@ def system_calls(pid: int) -> Iterator[Count]:
         with counting:
             yield count
         count.calls, count.total = parse(output.read_text())
+
+
+def wrapper(name: str, output: Path) -> list[str]:
+    """Words that go before a command, to have its calls of one name counted; `wrapped` reads `output` then.
+
+    Raises CannotCountError where no counter works.
+    """
+    if _perf_usable():
+        return ["perf", "stat", "-x,", "-o", str(output), "-e", f"syscalls:sys_enter_{name}", "--"]
+    if shutil.which("strace"):
+        return ["strace", "-c", "-f", "-e", f"trace={name}", "-o", str(output)]
+    raise CannotCountError("install linux-perf or strace to count system calls")
+
+
+def wrapped(output: Path) -> int:
+    """How many calls a command behind `wrapper` made."""
+    text = output.read_text()
+    calls, _ = parse_perf_stat(text) if "," in text else parse_strace_summary(text)
+    return sum(calls.values())
 
 
 @contextlib.contextmanager
