@@ -9,13 +9,14 @@ import os
 
 # Importing a device type's room registers what it has.
 import pyvhost.net.vhost_net
-import pyvhost.scsi.vhost_scsi  # noqa: F401
+import pyvhost.scsi.vhost_scsi
+import pyvhost.vsock.vhost_vsock  # noqa: F401
 from pyvhost.vhost.handle import Handle
 from pyvhost.vhost.opening import open_registered
 
 
 def open(path: str | os.PathLike[str], flags: int = os.O_RDWR) -> Handle:
-    """Opens a vhost device by the name that the kernel's has: "/dev/vhost-net", "/dev/vhost-scsi".
+    """Opens a vhost device by the kernel's name: "/dev/vhost-net", "/dev/vhost-scsi" or "/dev/vhost-vsock".
 
     `flags`: as `os.open`; what counts is O_RDONLY, O_WRONLY, O_RDWR and O_NONBLOCK. The answer has `ioctl`, `read`,
     `write`, `fileno` and `close`, and is a context manager. OSError: ENOENT, no such device is here.

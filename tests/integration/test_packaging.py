@@ -18,7 +18,7 @@ from pyvhost.driver.vhost_user import VhostUserFrontend
 from requirements import need_program
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-KINDS = pytest.mark.parametrize("device", ["net", "scsi"])
+KINDS = pytest.mark.parametrize("device", ["net", "scsi", "vsock"])
 
 
 def program_of(device: str) -> str:
@@ -52,6 +52,7 @@ def test_systemd_takes_the_units(tmp_path: Path, device: str) -> None:
     [
         ("net", {"BACKEND": "null", "QUEUE_PAIRS": "2"}),
         ("scsi", {"LUNS": "--lun=memory:1M --lun=2:2=memory:1M", "REQUEST_QUEUES": "2"}),
+        ("vsock", {"GUEST_CID": "42", "OPTIONS": "--group=lab"}),
     ],
 )
 def test_the_services_command_line_serves_one_front_end_after_another(
@@ -63,7 +64,7 @@ def test_the_services_command_line_serves_one_front_end_after_another(
     command = service["ExecStart"]
     for name, value in words.items():
         command = command.replace("${" + name + "}", value).replace("$" + name, value)
-    command = command.replace("/run/pyvhost-scsi-%i", str(tmp_path))
+    command = command.replace(f"/run/pyvhost-{device}-%i", str(tmp_path))
     program, *arguments = shlex.split(command)
     assert program == program_of(device)
 

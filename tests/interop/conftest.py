@@ -1,10 +1,11 @@
-"""Real guests against the real `pyvhost net` and `pyvhost scsi`: what the tests of this folder share."""
+"""Real guests against the real `pyvhost net`, `scsi` and `vsock`: what the tests of this folder share."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -60,8 +61,42 @@ class Controller(Card):
         return json.loads(done.stdout) if done.stdout else None
 
 
+@dataclasses.dataclass
+class SocketDevice(Card):
+    """A socket device that is served, and where its guest's ports are on the host."""
+
+    cid: int
+    uds: Path
+
+    def connect(self, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A connection to a port of the guest. ConnectionRefusedError: there is none."""
+        seqpacket = kind == socket.SOCK_SEQPACKET
+        sock = socket.socket(socket.AF_UNIX, kind)
+        try:
+            sock.settimeout(60.0)
+            sock.connect(f"{self.uds}.seqpacket" if seqpacket else str(self.uds))
+            sock.sendall(b"CONNECT %d\n" % port)
+            answer = sock.recv(64) if seqpacket else b""
+            while not seqpacket and not answer.endswith(b"\n") and (byte := sock.recv(1)):
+                answer += byte
+            if not answer.startswith(b"OK "):
+                raise ConnectionRefusedError(f"{self.uds}: port {port}: {answer!r}")
+            sock.setblocking(True)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def listen(self, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """Where the guest arrives that connects to this port of the host."""
+        server = socket.socket(socket.AF_UNIX, kind)
+        server.bind(f"{self.uds}_{port}")
+        server.listen(4096)
+        return server
+
+
 class Served:
-    """Starts `pyvhost net` for cards and `pyvhost scsi` for controllers, and ends them all.
+    """Starts `pyvhost net` for cards, `pyvhost scsi` for controllers, `pyvhost vsock`, and ends them all.
 
     None may have died or spoken of an error of its own.
     """
@@ -101,6 +136,19 @@ class Served:
         serving = Serving(arguments, [path], on_line=on_line)
         self._servings.append(serving)
         return Controller(serving, path)
+
+    def start_vsock(self, name: str, *cids: int, group: bool = False) -> list[SocketDevice]:
+        """A socket device for each of these guests, in one process. It is not waited for: see `wait`."""
+        paths = [self.folder / f"{name}{cid}" for cid in cids]
+        arguments = ["vsock", *(["--group", name] if group else [])]
+        for path, cid in zip(paths, cids, strict=True):
+            arguments += ["--socket-path", str(path), "--guest-cid", str(cid), "--uds-path", f"{path}.host"]
+        serving = Serving(arguments, paths)
+        self._servings.append(serving)
+        return [
+            SocketDevice(serving, path, cid, Path(f"{path}.host"))
+            for path, cid in zip(paths, cids, strict=True)
+        ]
 
     def wait(self) -> None:
         """Until all listen."""

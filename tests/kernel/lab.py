@@ -13,8 +13,10 @@ Promises: needs no root; the guest has nothing of the host but what was copied. 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import py_compile
 import subprocess
 import sys
@@ -32,13 +34,9 @@ MODULES = ("virtio_pci", "tun", "vhost_net", "vhost_vsock")
 
 # Run by the host's interpreter, without its site packages: imports what the guest will, and says where that was.
 _ASK = """
-import importlib, json, pkgutil, sys
+import importlib, json, sys
 sys.path[:0] = {folders!r}
-names = ["kernel.in_guest", "traceback"]
-for room in ("abi", "host", "driver"):
-    package = importlib.import_module("pyvhost." + room)
-    names += [f"pyvhost.{{room}}.{{module.name}}" for module in pkgutil.iter_modules(package.__path__)]
-for name in names:
+for name in {names!r}:
     importlib.import_module(name)
 specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
 files = {{spec.origin for spec in specs if spec is not None and spec.has_location}}
@@ -61,20 +59,29 @@ class KernelLab(QemuGuest):
         return self.run(command, timeout=timeout).output
 
     def _furnish(self, tree: Initramfs) -> None:
-        program = interpreter()
-        _add(tree, program, executable=True)
-        tree.add_libraries(str(program))
-        # Where the interpreter looks for what tells it its prefix.
-        tree.add_folder(f"{library_folder()}/lib-dynload")
-        with TemporaryDirectory() as scratch:
-            for path in files():
-                _add(tree, path, executable=path.suffix == ".so")
-                if path.suffix == ".so":
-                    tree.add_libraries(str(path))
-                else:
-                    tree.add_file(_cache_of(path), compiled(path, Path(scratch)))
+        names = ["kernel.in_guest", "traceback"]
+        for room in ("abi", "host", "driver"):
+            package = importlib.import_module(f"pyvhost.{room}")
+            names += [f"pyvhost.{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+        add_python(tree, names)
         for path in DATA.glob("*.json"):
             _add(tree, path)
+
+
+def add_python(tree: Initramfs, names: Sequence[str]) -> None:
+    """Put the interpreter into a guest's root, with what these modules import."""
+    program = interpreter()
+    _add(tree, program, executable=True)
+    tree.add_libraries(str(program))
+    # Where the interpreter looks for what tells it its prefix.
+    tree.add_folder(f"{library_folder()}/lib-dynload")
+    with TemporaryDirectory() as scratch:
+        for path in files(names):
+            _add(tree, path, executable=path.suffix == ".so")
+            if path.suffix == ".so":
+                tree.add_libraries(str(path))
+            else:
+                tree.add_file(_cache_of(path), compiled(path, Path(scratch)))
 
 
 def interpreter() -> Path:
@@ -87,9 +94,9 @@ def library_folder() -> Path:
     return Path(os.__file__).parent
 
 
-def files() -> Sequence[Path]:
-    """What the guest's interpreter will import: sources, and extensions' libraries."""
-    ask = _ASK.format(folders=[str(SOURCES), str(TESTS)])
+def files(names: Sequence[str]) -> Sequence[Path]:
+    """What the guest's interpreter will import with these modules: sources, and extensions' libraries."""
+    ask = _ASK.format(folders=[str(SOURCES), str(TESTS)], names=list(names))
     done = subprocess.run(
         [str(interpreter()), "-I", "-S", "-c", ask], capture_output=True, text=True, check=False
     )

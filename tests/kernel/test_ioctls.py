@@ -1,4 +1,4 @@
-"""Every recorded case of the kernel's vhost-net and vhost-scsi, against `pyvhost.open`: the same answers, but for
+"""Every recorded case of the kernel's vhost devices, against `pyvhost.open`: the same answers, but for
 those named.
 """
 
@@ -18,7 +18,12 @@ from pyvhost.scsi import endpoints
 from pyvhost.vhost.opening import registered
 from requirements import need
 
-CASES = replay.cases("vhost-net") + transposed.for_net() + replay.cases("vhost-scsi")
+CASES = (
+    replay.cases("vhost-net")
+    + transposed.for_net()
+    + replay.cases("vhost-scsi")
+    + replay.cases("vhost-vsock")
+)
 #: The target that the cases were recorded with.
 ENDPOINT = "naa.600140554cf3a18e"
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "ioctls.md"
@@ -60,7 +65,7 @@ def test_any_order_is_answered_as_by_the_kernel() -> None:
 def test_which_devices_are_compared() -> None:
     """A device that can be opened has its cases run: who adds one adds it above."""
     assert callable(pyvhost.open), "which registers them"
-    assert registered() == ["/dev/vhost-net", "/dev/vhost-scsi"]
+    assert registered() == ["/dev/vhost-net", "/dev/vhost-scsi", "/dev/vhost-vsock"]
     assert {f"/dev/{case['device']}" for case in CASES} == set(registered())
 
 

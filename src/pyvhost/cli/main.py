@@ -1,4 +1,4 @@
-"""The command `pyvhost` and its parts, `pyvhost-net` and `pyvhost-scsi` among them.
+"""The command `pyvhost` and its parts, `pyvhost-net`, `pyvhost-scsi` and `pyvhost-vsock` among them.
 
 Promises: a command that does not serve imports no Numba; what the user got wrong is one line on standard error
 and exit status 2, what the host refuses is one line and status 1.
@@ -21,6 +21,8 @@ from pyvhost.host.errors import words
 COMMANDS: Final = (
     ("net", "pyvhost.cli.net", "serve network cards to guests"),
     ("scsi", "pyvhost.cli.scsi", "serve disks to a guest"),
+    ("vsock", "pyvhost.cli.vsock", "serve sockets to guests"),
+    ("connect", "pyvhost.cli.connect", "a guest's vsock port on standard input and output"),
     ("ctl", "pyvhost.cli.ctl", "ask something of a device that is served: its state, another disk"),
     (
         "demo",
@@ -35,6 +37,7 @@ BENCHES: Final = (
     ("net", "pyvhost.cli.bench.command", "the network card against DPDK's back end"),
     ("scsi", "pyvhost.cli.bench.scsi", "a disk against its file, qemu-storage-daemon's and QEMU's own"),
     ("ring", "pyvhost.cli.bench.ring", "what logging, translation and byte order cost a ring"),
+    ("vsock", "pyvhost.cli.bench.vsock", "a guest's sockets against a unix socket pair"),
 )
 
 _LEVELS: Final = ("trace", "debug", "info", "warning", "error")
@@ -118,6 +121,11 @@ def main_net(arguments: Sequence[str] | None = None) -> int:
 def main_scsi(arguments: Sequence[str] | None = None) -> int:
     """`pyvhost-scsi`: `pyvhost scsi`."""
     return _main_of("scsi", arguments)
+
+
+def main_vsock(arguments: Sequence[str] | None = None) -> int:
+    """`pyvhost-vsock`: `pyvhost vsock`."""
+    return _main_of("vsock", arguments)
 
 
 if __name__ == "__main__":

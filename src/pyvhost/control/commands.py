@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from pyvhost.net.device import NetDevice
+    from pyvhost.vsock.device import VsockDevice
 
 
 class Device(Protocol):
@@ -101,6 +102,8 @@ def of_device(device: Device) -> dict[str, Command]:
         special, more = _scsi(cast(Disks, device))
     elif device.kind == "net":
         special, more = _net(cast("NetDevice", device))
+    elif device.kind == "vsock":
+        more = _vsock(cast("VsockDevice", device))
 
     def status() -> dict[str, Any]:
         return {
@@ -119,6 +122,17 @@ def of_device(device: Device) -> dict[str, Command]:
     ]
     known = {each.name: each for each in (*common, *special)}
     return known
+
+
+def _vsock(device: VsockDevice) -> Callable[[], dict[str, Any]]:
+    def status() -> dict[str, Any]:
+        return {
+            "guest_cid": device.guest_cid,
+            "group": device.group,
+            "connections": len(device.connections),
+        }
+
+    return status
 
 
 def _net(device: NetDevice) -> tuple[list[Command], Callable[[], dict[str, Any]]]:

@@ -213,6 +213,8 @@ CONTROL_STOP: Final = 0
 SCRATCH_CLOCK: Final = 0
 SCRATCH_HEADER: Final = 32
 SCRATCH_LENGTHS: Final = 64
+#: A few words of a loop's own: an event for epoll, a struct iovec or two.
+SCRATCH_WORDS: Final = 256
 SCRATCH_IOV: Final = 512
 SCRATCH_IOVECS: Final = 2 * MAX_CHAIN
 SCRATCH_FRAME: Final = SCRATCH_IOV + 16 * SCRATCH_IOVECS
@@ -302,6 +304,14 @@ COUNTERS: Final = (
     # All latencies together; what a logical unit did that was neither a read nor a write.
     "latency_ns",
     "others",
+    # A vsock device's: how many there are; how many began, were refused, were reset; how often the guest had granted
+    # nothing, and how often it was told what it may send.
+    "connections",
+    "connects",
+    "refused",
+    "resets",
+    "credit_stalls",
+    "credit_updates",
 )
 C_PACKETS: Final = 0
 C_BYTES: Final = 8
@@ -322,6 +332,12 @@ C_WRITTEN_BYTES: Final = 120
 C_LATENCY: Final = 128
 C_LATENCY_NS: Final = C_LATENCY + 8 * LATENCIES
 C_OTHERS: Final = C_LATENCY_NS + 8
+C_CONNECTIONS: Final = C_OTHERS + 8
+C_CONNECTS: Final = C_CONNECTIONS + 8
+C_REFUSED: Final = C_CONNECTIONS + 16
+C_RESETS: Final = C_CONNECTIONS + 24
+C_CREDIT_STALLS: Final = C_CONNECTIONS + 32
+C_CREDIT_UPDATES: Final = C_CONNECTIONS + 40
 
 assert all(dtype.itemsize % 64 == 0 for dtype in (RING, PORT, WORKER))
-assert len(COUNTERS) * 8 == C_OTHERS + 8
+assert len(COUNTERS) * 8 == C_CREDIT_UPDATES + 8

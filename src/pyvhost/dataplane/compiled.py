@@ -168,10 +168,12 @@ _read = _external("read", types.int32, types.int64, types.int64)
 _write = _external("write", types.int32, types.int64, types.int64)
 _readv = _external("readv", types.int32, types.int64, types.int32)
 _writev = _external("writev", types.int32, types.int64, types.int32)
+_send = _external("send", types.int32, types.int64, types.int64, types.int32)
 _eventfd_write = _external("eventfd_write", types.int32, types.int64, result=types.int32)
 _preadv2 = _external("preadv2", types.int32, types.int64, types.int32, types.int64, types.int32)
 _pwritev2 = _external("pwritev2", types.int32, types.int64, types.int32, types.int64, types.int32)
 _syscall6 = _external("syscall", *[types.int64] * 7)
+_epoll_ctl = _external("epoll_ctl", types.int32, types.int32, types.int32, types.int64, result=types.int32)
 _epoll_wait = _external("epoll_wait", types.int32, types.int64, types.int32, types.int32, result=types.int32)
 
 
@@ -241,6 +243,13 @@ def sys_writev(fd: int, iov: int, count: int) -> int:
 
 
 @inline
+def sys_send(fd: int, address: int, length: int) -> int:
+    """send(2), which sends an empty message where write(2) does nothing; -errno on failure."""
+    done = _send(fd, address, length, 0)
+    return done if done >= 0 else -errno()
+
+
+@inline
 def sys_preadv2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
     """preadv2(2); -errno on failure."""
     done = _preadv2(fd, iov, count, offset, flags)
@@ -266,3 +275,10 @@ def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
     """epoll_wait(2) into `count` packed struct epoll_event at `events`; -errno on failure."""
     ready = _epoll_wait(epoll, events, count, timeout_ms)
     return ready if ready >= 0 else -errno()
+
+
+@inline
+def sys_epoll_modify(epoll: int, fd: int, event: int) -> int:
+    """epoll_ctl(2), EPOLL_CTL_MOD, with the packed struct epoll_event at `event`; -errno on failure."""
+    done = _epoll_ctl(epoll, 3, fd, event)
+    return done if done >= 0 else -errno()

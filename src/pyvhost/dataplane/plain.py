@@ -114,7 +114,7 @@ def _result(done: int) -> int:
     return done if done >= 0 else -ctypes.get_errno()
 
 
-for _name in ("read", "write", "readv", "writev", "preadv2", "pwritev2", "syscall"):
+for _name in ("read", "write", "send", "readv", "writev", "preadv2", "pwritev2", "syscall"):
     getattr(_libc, _name).restype = ctypes.c_ssize_t
 
 
@@ -138,6 +138,10 @@ def sys_writev(fd: int, iov: int, count: int) -> int:
     return _result(_libc.writev(int(fd), ctypes.c_void_p(int(iov)), int(count)))
 
 
+def sys_send(fd: int, address: int, length: int) -> int:
+    return _result(_libc.send(int(fd), ctypes.c_void_p(int(address)), ctypes.c_size_t(int(length)), 0))
+
+
 def sys_preadv2(fd: int, iov: int, count: int, offset: int, flags: int) -> int:
     return _result(
         _libc.preadv2(int(fd), ctypes.c_void_p(int(iov)), int(count), ctypes.c_long(int(offset)), int(flags))
@@ -156,3 +160,8 @@ def sys_uring_enter(fd: int, submit: int, wait: int, flags: int) -> int:
 
 def sys_epoll_wait(epoll: int, events: int, count: int, timeout_ms: int) -> int:
     return _result(_libc.epoll_wait(int(epoll), ctypes.c_void_p(int(events)), int(count), int(timeout_ms)))
+
+
+def sys_epoll_modify(epoll: int, fd: int, event: int) -> int:
+    """epoll_ctl(2), EPOLL_CTL_MOD."""
+    return _result(_libc.epoll_ctl(int(epoll), 3, int(fd), ctypes.c_void_p(int(event))))

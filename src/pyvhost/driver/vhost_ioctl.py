@@ -400,3 +400,50 @@ class VhostScsiFrontend(VhostFrontend):
     def unbind(self, index: int) -> None:
         if self._set:
             self.clear_endpoint()
+
+
+class VhostVsockFrontend(VhostFrontend):
+    """/dev/vhost-vsock for the guest `cid`, which starts when the driver says DRIVER_OK.
+
+    The device has two rings; the event ring and the configuration space are the front end's own, so that the driver's
+    third ring is nobody's here.
+    """
+
+    RINGS = 2
+
+    def __init__(self, handle: Handle, cid: int) -> None:
+        super().__init__(handle)
+        self.cid = cid
+        self._running = False
+
+    def set_guest_cid(self, cid: int) -> None:
+        """Say which CID the guest has."""
+        self._number(abi.VSOCK_SET_GUEST_CID, cid)
+        self.cid = cid
+
+    def set_running(self, running: bool) -> None:
+        """Serve both rings, or none."""
+        self._number(abi.VSOCK_SET_RUNNING, int(running), 4)
+        self._running = running
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        return self.cid.to_bytes(8, "little")[offset : offset + size]
+
+    def set_status(self, status: int) -> None:
+        if status & virtio.CONFIG_S_DRIVER_OK and not self._running:
+            self.set_guest_cid(self.cid)
+            self.set_running(True)
+
+    def start_ring(self, index: int, queue: Queue, base: int | None = None) -> None:
+        if index < self.RINGS:
+            super().start_ring(index, queue, base)
+
+    def stop_ring(self, index: int) -> int:
+        return super().stop_ring(index) if index < self.RINGS else 0
+
+    def bind(self, index: int) -> None:
+        """Nothing: SET_RUNNING starts both."""
+
+    def unbind(self, index: int) -> None:
+        if self._running:
+            self.set_running(False)

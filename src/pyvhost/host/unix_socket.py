@@ -54,14 +54,17 @@ def check_name(path: str) -> None:
         )
 
 
-def listen(path: str, mode: int | None = None) -> tuple[socket.socket, Identity]:
+def listen(
+    path: str, mode: int | None = None, *, kind: int = socket.SOCK_STREAM, backlog: int = BACKLOG
+) -> tuple[socket.socket, Identity]:
     """A socket that listens at `path`, in the place of one that nobody listens on any more, and whose file it is.
 
-    `mode`: the file's permissions, from its first moment; None: what the umask leaves. OSError EADDRINUSE: a process
-    listens there (the text names it); EEXIST: something else than a socket lies there; otherwise as bind(2).
+    `mode`: the file's permissions, from its first moment; None: what the umask leaves. `kind`: SOCK_STREAM or
+    SOCK_SEQPACKET. OSError EADDRINUSE: a process listens there (the text names it); EEXIST: something else than a
+    socket lies there; otherwise as bind(2).
     """
     check_name(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
         if mode is not None:
             # bind(2) makes the file with the socket's own mode.
@@ -71,9 +74,9 @@ def listen(path: str, mode: int | None = None) -> tuple[socket.socket, Identity]
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise OSError(error.errno, f"{path}: {error.strerror}") from None
-            _clear(path)
+            _clear(path, kind)
             sock.bind(path)
-        sock.listen(BACKLOG)
+        sock.listen(backlog)
         found = os.stat(path)
     except BaseException:
         sock.close()
@@ -81,12 +84,12 @@ def listen(path: str, mode: int | None = None) -> tuple[socket.socket, Identity]
     return sock, (found.st_dev, found.st_ino)
 
 
-def _clear(path: str) -> None:
+def _clear(path: str, kind: int) -> None:
     """Remove the socket file that is in the way, if it is one that nobody listens on."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         raise OSError(errno.EEXIST, f"{path}: exists, and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
@@ -94,7 +97,7 @@ def _clear(path: str) -> None:
             if error.errno == errno.ECONNREFUSED:
                 remove(path, (found.st_dev, found.st_ino))
                 return
-            if error.errno not in (errno.EAGAIN, errno.EINTR):
+            if error.errno not in (errno.EAGAIN, errno.EINTR, errno.EPROTOTYPE):
                 raise OSError(error.errno, f"{path}: {error.strerror}") from None
             raise OSError(errno.EADDRINUSE, f"{path}: a process listens there already") from None
         raise OSError(errno.EADDRINUSE, f"{path}: {peer_of(probe)} listens there already")

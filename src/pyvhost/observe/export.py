@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvhost.observe import latency
-from pyvhost.observe.rates import Queue, counted, is_disk, queues
+from pyvhost.observe.rates import GAUGES, Queue, counted, is_disk, queues
 from pyvhost.observe.reader import Process, Snapshot
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ MEANINGS: Final = {
     "read_bytes": "Bytes that were read.",
     "written_bytes": "Bytes that were written.",
     "others": "Commands that a logical unit has done which neither read nor wrote.",
+    "connections": "Connections that a guest has now.",
+    "connects": "Connections that a guest has asked for and got, or was asked for and accepted.",
+    "refused": "Connections that came to nothing.",
+    "resets": "Connections that were broken off.",
+    "credit_stalls": "Times that a connection had something for its guest, which had no room for it.",
+    "credit_updates": "Packets that told a guest of nothing but room.",
 }
 
 
@@ -62,7 +68,7 @@ def _queue(queue: Queue) -> dict[str, Any]:
     counters = counted(queue.row)
     rates = None
     if queue.growth is not None and queue.seconds > 0:
-        rates = {name: queue.growth[name] / queue.seconds for name in counters}
+        rates = {name: queue.growth[name] / queue.seconds for name in counters if name not in GAUGES}
     common = {"labels": queue.row.labels, "counters": counters, "rates": rates}
     if queue.is_disk:
         return common | {
@@ -83,7 +89,8 @@ def _queue(queue: Queue) -> dict[str, Any]:
 class Collector:
     """A custom collector for `prometheus_client`: looks when it is asked, keeps nothing in between.
 
-    Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend; the latencies
+    Each counter becomes ``pyvhost_NAME_total`` with the labels pid, device, kind, queue and backend; what is a number
+    of the moment, a guest's connections, the gauge ``pyvhost_NAME``; the latencies
     of a logical unit, ``pyvhost_latency_seconds``, a histogram.
     """
 
@@ -113,7 +120,8 @@ class Collector:
                     series[whose] = series.get(whose, 0) + value
         for name, series in sums.items():
             meaning = MEANINGS.get(name, f"Counter {name} of a pyvhost process.")
-            counter = CounterMetricFamily(f"pyvhost_{name}", meaning, labels=labels)
+            family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+            counter = family(f"pyvhost_{name}", meaning, labels=labels)
             for whose, value in series.items():
                 counter.add_metric(whose, value)
             yield counter

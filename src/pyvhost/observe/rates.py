@@ -20,6 +20,16 @@ SCSI: Final = "scsi"
 #: What is counted of logical units alone; of what others count, they have errors.
 DISK_FIELDS: Final = ("reads", "writes", "others", "read_bytes", "written_bytes")
 
+#: The kind of a socket device's rows, and what is counted by its queues alone; `connections` is how many there are.
+VSOCK: Final = "vsock"
+VSOCK_FIELDS: Final = {
+    "event": ("connections", "connects", "refused", "resets"),
+    "rx": ("credit_stalls", "credit_updates"),
+}
+_ANY_VSOCK: Final = frozenset(name for names in VSOCK_FIELDS.values() for name in names)
+#: What is no counter but a number of the moment.
+GAUGES: Final = frozenset({"connections"})
+
 #: Names a queue across snapshots: its file, its use of a row, its labels.
 Key = tuple[str, int, tuple[tuple[str, str], ...]]
 
@@ -130,10 +140,13 @@ def counted(row: Row) -> dict[str, int]:
     """The counters that mean something for such a row, without the latencies."""
     if is_disk(row):
         return {name: row.values[name] for name in (*DISK_FIELDS, "errors") if name in row.values}
+    its = VSOCK_FIELDS.get(row.label("queue"), ()) if row.label("kind") == VSOCK else ()
     return {
         name: value
         for name, value in row.values.items()
-        if name not in DISK_FIELDS and not name.startswith(latency.PREFIX)
+        if name not in DISK_FIELDS
+        and not name.startswith(latency.PREFIX)
+        and (name in its or name not in _ANY_VSOCK)
     }
 
 

@@ -1,4 +1,4 @@
-"""The live tables: a line a disk or a queue, its traffic drawn beside its numbers.
+"""The live tables: a line a disk, a guest with sockets, or a queue, its traffic drawn beside its numbers.
 
 Promises: fits the width it is given, by leaving out what matters less; says which files were not believed.
 Never: obeys markup or control characters in a label; does input or output.
@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pyvhost.observe import sockets
 from pyvhost.observe.rates import SCSI, WORKER, Key, Queue, queues
 from pyvhost.observe.reader import Snapshot
 
@@ -116,9 +117,6 @@ class _Column:
 
 
 _DRAWING: Final = "lately"
-#: The counter that is shown yellow when it is not 0: of a queue, of a disk.
-_TROUBLE: Final = {False: "drops", True: "errors"}
-
 _QUEUES: Final = (
     _Column("device", lambda q: q.row.label("device") or str(q.process.pid), 100, "bold", left=True),
     _Column("backend", lambda q: q.row.label("backend"), 2, left=True),
@@ -152,8 +150,26 @@ _DISKS: Final = (
     _Column("p50", lambda q: duration(q.percentile(0.5)), 9),
     _Column("p99", lambda q: duration(q.percentile(0.99)), 10),
     _Column("depth", lambda q: _ratio(q.depth()), 8),
-    _Column(_TROUBLE[True], lambda q: scaled(q.total("errors")), 7),
+    _Column("errors", lambda q: scaled(q.total("errors")), 7),
 )
+
+_SOCKETS: Final = (
+    _Column("device", lambda q: q.row.label("device") or str(q.process.pid), 100, "bold", left=True),
+    _Column("CID", lambda q: q.row.label("backend"), 100),
+    _Column("connections", lambda q: scaled(q.total("connections")), 100, "green"),
+    _Column("connects/s", lambda q: scaled(q.rate("connects")), 8),
+    _Column(_DRAWING, lambda q: "", 11, "cyan", left=True),
+    _Column("to guest/s", lambda q: scaled(q.rate(sockets.RECEIVED)), 90, "green"),
+    _Column("from guest/s", lambda q: scaled(q.rate(sockets.SENT)), 90, "green"),
+    _Column("packets/s", lambda q: scaled(q.rate("packets")), 7),
+    _Column("stalls/s", lambda q: scaled(q.rate("credit_stalls")), 9),
+    _Column("refused", lambda q: scaled(q.total("refused")), 6),
+    _Column("resets", lambda q: scaled(q.total("resets")), 10),
+    _Column("calls/s", lambda q: scaled(q.rate("calls")), 5),
+    _Column("syscalls\n/packet", lambda q: _ratio(q.syscalls_per_packet()), 4),
+)
+#: The counter that is shown yellow when it is not 0.
+_TROUBLE: Final = {_QUEUES: "drops", _DISKS: "errors", _SOCKETS: "resets"}
 
 
 def render(
@@ -169,20 +185,27 @@ def render(
     `history`: told of this moment, and drawn. `width`: in terminal cells.
     """
     now = list(queues(snapshot, previous, dt))
+    guests = sockets.guests(now)
     if history is not None:
-        history.add(now)
+        history.add([*now, *guests])
     disks = [queue for queue in now if queue.is_disk]
-    others = [queue for queue in now if not queue.is_disk]
+    others = [queue for queue in now if not queue.is_disk and not sockets.is_socket(queue)]
     tables = []
     if disks:
         tables.append(_table(disks, _DISKS, history, width))
-    if others or not disks:
+    if guests:
+        tables.append(_table(guests, _SOCKETS, history, width))
+    if others or not tables:
         tables.append(_table(others, _QUEUES, history, width))
     tables[-1].caption = _caption(snapshot, now)
-    return tables[0] if len(tables) == 1 else Group(tables[0], "", *tables[1:])
+    parts: list[RenderableType] = []
+    for table in tables:
+        parts += ["", table] if parts else [table]
+    return Group(*parts)
 
 
 def _table(now: Sequence[Queue], columns: Sequence[_Column], history: History | None, width: int) -> Table:
+    trouble = _TROUBLE[tuple(columns)]
     columns, drawing = _fitting(now, columns, width, history)
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption_justify="left"
@@ -197,9 +220,9 @@ def _table(now: Sequence[Queue], columns: Sequence[_Column], history: History | 
         if drawing and history is not None:
             at = next(i for i, column in enumerate(columns) if column.title == _DRAWING)
             cells[at] = Text(sparkline(history.of(queue), drawing))
-        if queue.total(_TROUBLE[queue.is_disk]):
+        if queue.total(trouble):
             for cell, column in zip(cells, columns, strict=True):
-                if column.title == _TROUBLE[queue.is_disk]:
+                if column.title == trouble:
                     cell.stylize("yellow")
         whose = (queue.process.pid, queue.row.label("device"))
         if whose == device:

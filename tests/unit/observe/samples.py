@@ -34,6 +34,15 @@ def disk(device: str, lun: str, store: str = "a.img", generation: int = 1, **val
     return Row(labels, generation, {name: values.get(name, 0) for name in (*FIELDS, *DISK_FIELDS, *values)})
 
 
+SOCKET_FIELDS = ("connections", "connects", "refused", "resets", "credit_stalls", "credit_updates")
+
+
+def sockets(device: str, queue: str, cid: str = "42", generation: int = 1, **values: int) -> Row:
+    """A row of a socket device's: rx, tx or event."""
+    labels = {"device": device, "kind": "vsock", "queue": queue, "backend": cid}
+    return Row(labels, generation, {name: values.get(name, 0) for name in (*FIELDS, *SOCKET_FIELDS)})
+
+
 def process(*rows: Row, pid: int = 100, started: float = 1000.0) -> Process:
     return Process(pid, started, Path(f"/run/pyvhost/{pid}.counters"), FIELDS, rows)
 

@@ -10,9 +10,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pyvhost.observe.export import MEANINGS, as_json, serve_prometheus
+from pyvhost.observe.export import MEANINGS, Collector, as_json, serve_prometheus
 from pyvhost.observe.reader import Snapshot
-from unit.observe.samples import FIELDS, disk, process, row, snapshot
+from unit.observe.samples import FIELDS, disk, process, row, snapshot, sockets
 
 BEFORE = snapshot(10, process(row("vm0", "rx0", packets=100)))
 NOW = snapshot(
@@ -167,3 +167,38 @@ def test_prometheus_has_a_histogram_of_a_disk() -> None:
     assert (reads.labels["queue"], reads.labels["backend"], reads.value) == ("0:0", "a.img", 30)
     assert [one.labels["queue"] for one in families["pyvhost_packets"].samples] == ["rx0"]
     assert [one.labels["queue"] for one in families["pyvhost_errors"].samples] == ["0:0", "rx0"]
+
+
+SOCKETS = snapshot(
+    10,
+    process(
+        sockets("vm0", "rx", packets=10, credit_stalls=7, credit_updates=1),
+        sockets("vm0", "tx", packets=5),
+        sockets("vm0", "event", connections=12, connects=30, refused=3, resets=2),
+    ),
+)
+
+
+def test_json_of_a_guest_with_sockets() -> None:
+    rx, tx, event = as_json(SOCKETS, SOCKETS, 1)["processes"][0]["queues"][:3]
+    by_queue = {row["labels"]["queue"]: row for row in (rx, tx, event)}
+    counters = by_queue["event"]["counters"]
+    assert (counters["connections"], counters["connects"], counters["refused"], counters["resets"]) == (
+        12,
+        30,
+        3,
+        2,
+    )
+    assert "connections" not in by_queue["event"]["rates"]
+    assert by_queue["rx"]["counters"]["credit_stalls"] == 7
+    assert not {"connections", "credit_stalls"} & by_queue["tx"]["counters"].keys()
+
+
+def test_prometheus_has_connections_as_a_gauge() -> None:
+    families = {family.name: family for family in Collector(lambda: SOCKETS).collect()}
+    connections = families["pyvhost_connections"]
+    assert connections.type == "gauge"
+    assert [(one.name, one.labels["queue"], one.value) for one in connections.samples] == [
+        ("pyvhost_connections", "event", 12)
+    ]
+    assert [one.name for one in families["pyvhost_resets"].samples] == ["pyvhost_resets_total"]

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from pyvhost.observe.rates import queues
 from pyvhost.observe.reader import Row
 from pyvhost.observe.top import MOMENTS, History, duration, render, scaled, sparkline
-from unit.observe.samples import disk, process, row, snapshot
+from unit.observe.samples import disk, process, row, snapshot, sockets
 
 
 def text(table: RenderableType, width: int = 200) -> str:
@@ -191,6 +191,49 @@ def test_disks_fit(width: int) -> None:
     shown = text(render(DISKS, DISKS_BEFORE, history=History(), width=width), width)
     assert max(len(line) for line in shown.splitlines()) <= width
     assert "100 k" in shown
+
+
+SOCKETS_BEFORE = snapshot(
+    10,
+    process(sockets("vm0", "rx"), sockets("vm0", "tx"), sockets("vm0", "event"), sockets("vm1", "rx", "43")),
+)
+SOCKETS = snapshot(
+    11,
+    process(
+        sockets("vm0", "rx", packets=1000, bytes=60_000_000, credit_stalls=7),
+        sockets("vm0", "tx", packets=500, bytes=2_000_000),
+        sockets("vm0", "event", connections=12, connects=30, refused=3, resets=2),
+        sockets("vm1", "rx", "43"),
+    ),
+)
+
+
+def test_a_guest_with_sockets_is_one_line() -> None:
+    lines = [
+        " ".join(line.split()) for line in text(render(SOCKETS, SOCKETS_BEFORE)).splitlines() if line.strip()
+    ]
+    assert lines[1] == (
+        "device CID connections connects/s to guest/s from guest/s packets/s stalls/s refused resets calls/s /packet"
+    )
+    assert lines[-3:] == [
+        "vm0 42 12 30 60.0 M 2.00 M 1.50 k 7.0 3.0 2.0 0 0",
+        "vm1 43 0 0 0 – 0 0 0 0 0 –",
+        "1 process, 2 devices: 1.50 k packets/s, 496 Mbit/s",
+    ]
+
+
+def test_a_guests_traffic_is_drawn() -> None:
+    history = History()
+    for before, now in ((None, SOCKETS_BEFORE), (SOCKETS_BEFORE, SOCKETS)):
+        shown = text(render(now, before, history=history))
+    assert "█" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_sockets_fit(width: int) -> None:
+    shown = text(render(SOCKETS, SOCKETS_BEFORE, history=History(), width=width), width)
+    assert max(len(line) for line in shown.splitlines()) <= width
+    assert "60.0 M" in shown
 
 
 @pytest.mark.parametrize(

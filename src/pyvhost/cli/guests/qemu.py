@@ -1,8 +1,8 @@
 """QEMU with Debian's stock kernel: a guest with real PCI devices, many queues and a monitor.
 
 Promises: the kernel is unmodified and the root file system an initramfs of busybox and a few programs of the host,
-gone when the guest is; its NICs and SCSI controllers are vhost-user devices, attached as a user would attach them
-(`-netdev vhost-user`, `-device vhost-user-scsi-pci`, shared memory from a memfd).
+gone when the guest is; its NICs, SCSI controllers and socket device are vhost-user devices, attached as a user would
+attach them (`-netdev vhost-user`, `-device vhost-user-scsi-pci`, shared memory from a memfd).
 Emulated (TCG) unless told otherwise: it boots in seconds anywhere.
 Never: needs root or a disk image.
 """
@@ -35,6 +35,7 @@ PACKAGE = "qemu-system-x86"
 _PORT = "pyvhost.shell"
 _PORT_MODULES = ("virtio_pci", "virtio_console")
 _DISK_MODULES = ("virtio_scsi", "sd_mod", "sg")
+_VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Disks:
 class QemuGuest(Guest):
     """A QEMU with one virtio NIC for each of `nics`, and one virtio SCSI controller for each of `disks`.
 
-    Their back ends must be listening by `start`.
+    `vsock`: the back end's socket of its one virtio socket device. The back ends must be listening by `start`.
 
     `kernel` is what to boot (default: `find_kernel()`); `programs` are the host's, taken into the guest if the
     host has them. `reconnect`: seconds after which QEMU dials a back end again that has gone, 0 for never.
@@ -79,6 +80,7 @@ class QemuGuest(Guest):
         nics: Sequence[Nic] = (),
         *,
         disks: Sequence[Disks] = (),
+        vsock: str | Path | None = None,
         name: str = "QEMU",
         memory_mib: int = 256,
         cpus: int | None = None,
@@ -97,6 +99,7 @@ class QemuGuest(Guest):
         super().__init__(name, on_line=on_line)
         self.nics = list(nics)
         self.disks = list(disks)
+        self.vsock = vsock
         self.memory_mib = memory_mib
         queues = [*(nic.queue_pairs for nic in nics), *(controller.queues for controller in disks)]
         self.cpus = cpus or max([1, *queues])
@@ -111,7 +114,11 @@ class QemuGuest(Guest):
         self.movable = movable
         self.incoming = incoming
         if modules is None:
-            modules = ["virtio_pci", "virtio_net", *(_DISK_MODULES if disks else ())]
+            modules = [
+                *("virtio_pci", "virtio_net"),
+                *(_DISK_MODULES if disks else ()),
+                *(_VSOCK_MODULES if vsock else ()),
+            ]
         self.modules = list(modules)
         self.programs = list(programs)
         self.reconnect = reconnect
@@ -153,6 +160,7 @@ class QemuGuest(Guest):
         return type(self)(
             nics,
             disks=self.disks,
+            vsock=self.vsock,
             name=name,
             memory_mib=self.memory_mib,
             cpus=self.cpus,
@@ -273,6 +281,12 @@ class QemuGuest(Guest):
         for number, controller in enumerate(self.disks):
             argv += ["-chardev", f"socket,id=disks{number},path={_escaped(controller.socket)}{again}"]
             argv += ["-device", _controller(number, controller, self.accelerator)]
+        if self.vsock is not None:
+            # QEMU 7.2 does not dial again for this device.
+            argv += ["-chardev", f"socket,id=vsock,path={_escaped(self.vsock)}"]
+            # Vectors as for the others: one a ring (rx, tx, event), one for the configuration.
+            vectors = 0 if self.accelerator == "tcg" else 4
+            argv += ["-device", f"vhost-user-vsock-pci,chardev=vsock,id=vsock0,vectors={vectors}"]
         if self.incoming:
             self._incoming_path = folder / "incoming"
             argv += ["-S", "-incoming", "defer"]

@@ -1,8 +1,8 @@
 """User Mode Linux: the guest that is an ordinary process, and boots in a second or two.
 
 Promises: Debian's `user-mode-linux`, unmodified; its root is the host's own, through hostfs, mounted read-only, so
-that every program of the host is there; what is written goes to a tmpfs. Its NICs and its SCSI controllers are
-vhost-user devices, one a socket. Runs as any user, each guest with the rights of that user.
+that every program of the host is there; what is written goes to a tmpfs. Its NICs, its SCSI controllers and its
+socket device are vhost-user devices, one a socket. Runs as any user, each guest with the rights of that user.
 Never: needs KVM, root or a disk image.
 """
 
@@ -28,12 +28,14 @@ MODULES = Path("/usr/lib/uml/modules")
 # The shell's line: console 1. Console 0 is what a person reads.
 _TTY = "/dev/tty1"
 _DISK_MODULES = ("virtio_scsi", "sd_mod", "sg")
+_VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 
 
 class UmlGuest(Guest):
     """A UML with one virtio NIC for each of `sockets`, and one virtio SCSI controller for each of `disks`.
 
-    The back ends must be listening on them by `start`. `modules`: the drivers to load; default: what the cards need.
+    `vsock`: the back end's socket of its one virtio socket device. The back ends must be listening by `start`.
+    `modules`: the drivers to load; default: what the cards need.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class UmlGuest(Guest):
         sockets: Sequence[str | Path] = (),
         *,
         disks: Sequence[str | Path] = (),
+        vsock: str | Path | None = None,
         name: str = "UML",
         memory_mib: int = 96,
         modules: Sequence[str] | None = None,
@@ -49,9 +52,14 @@ class UmlGuest(Guest):
         super().__init__(name, on_line=on_line)
         self.sockets = [str(Path(path).absolute()) for path in sockets]
         self.disks = [str(Path(path).absolute()) for path in disks]
+        self.vsock = None if vsock is None else str(Path(vsock).absolute())
         self.memory_mib = memory_mib
         if modules is None:
-            modules = [*(("virtio_net",) if sockets or not disks else ()), *(_DISK_MODULES if disks else ())]
+            modules = [
+                *(("virtio_net",) if sockets or not (disks or vsock) else ()),
+                *(_DISK_MODULES if disks else ()),
+                *(_VSOCK_MODULES if vsock else ()),
+            ]
         self.modules = list(modules)
 
     def _command(
@@ -79,6 +87,7 @@ class UmlGuest(Guest):
             "panic=-1",
             *(f"virtio_uml.device={path}:{virtio.ID_NET}" for path in self.sockets),
             *(f"virtio_uml.device={path}:{virtio.ID_SCSI}" for path in self.disks),
+            *([f"virtio_uml.device={self.vsock}:{virtio.ID_VSOCK}"] if self.vsock else []),
         ]
         return argv, {"TMPDIR": str(memory_folder(self.memory_mib))}, []
 

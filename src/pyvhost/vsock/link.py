@@ -1,0 +1,376 @@
+"""A guest's connections in the worker's loop: what the state machine asks of the data path (`contract.Carrier`).
+
+Commands go to the loop, and what it has to tell comes back, through two queues in memory, each with a descriptor that
+wakes the other side.
+
+Promises: commands are done in their order; a connection's slot, buffers and descriptor are the loop's until `closed`
+has been told; the control thread deals with a bounded batch at a time.
+Never: decides what becomes of a connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import select
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pyvhost.abi import virtio_vsock as abi
+from pyvhost.dataplane import blocks
+from pyvhost.dataplane import vsock_blocks as layout
+from pyvhost.dataplane.plain import load64, load64_acquire, store64, store64_release
+from pyvhost.host import eventfd
+from pyvhost.host.poller import Poller
+from pyvhost.vhost.worker import Int64s, WorkerPlace
+from pyvhost.vsock.contract import Carrier, Key
+from pyvhost.vsock.plane import Plane, VsockWorker
+
+if TYPE_CHECKING:
+    from pyvhost.vsock.connections import Connections
+
+_log = logging.getLogger(__name__)
+
+_COMMANDS: Final = 4096
+#: Packets that Python may be behind.
+_PACKETS: Final = 1024
+#: What is told in one go.
+_BATCH: Final = 256
+#: A SEQPACKET connection's buffer for each byte that it is granted: messages of one byte take a record each.
+_RECORDS: Final = 2 * layout.RECORD
+#: How long a command waits when the queue is full, seconds.
+_AGAIN: Final = 0.005
+_WORD: Final = 0xFFFFFFFF
+
+_VIOLATIONS: Final = {
+    layout.VIOLATED_CREDIT: "more data than it was granted",
+    layout.VIOLATED_RECORDS: "more messages than there is room for",
+    layout.VIOLATED_LENGTH: "a packet that is longer than its descriptors",
+}
+
+
+def _power(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+class Link:
+    """One guest in a worker's loop. `limit`: connections at most; `buffer`: bytes that each may have under way."""
+
+    def __init__(
+        self,
+        name: str,
+        cid: int,
+        rows: tuple[Int64s, Int64s],
+        poller: Poller,
+        worker: VsockWorker,
+        limit: int,
+        buffer: int,
+    ) -> None:
+        self.name = name
+        self.worker = worker
+        self.limit = limit
+        self.connections: Connections | None = None
+        self._buffer = buffer
+        self._poller = poller
+        self._plane = Plane.get()
+        #: By slot: what the loop holds of a connection, and how much it was granted.
+        self._held: dict[int, tuple[list[mmap.mmap], int]] = {}
+        self._backlog: deque[tuple[int, ...]] = deque()
+        self._within = self._owed = False
+        #: buf_alloc and fwd_cnt of the packet that is told: a REQUEST's are those of the connection that it opens.
+        self._credit = 0, 0
+        kept = layout.TOLD_AT_MOST * limit
+        self._table = np.full(_power(2 * limit), -1, np.int64)
+        self._commands = np.zeros((layout.QUEUE_ENTRIES + _COMMANDS * layout.ENTRY_BYTES) // 8, np.int64)
+        self._todo_size = _power(kept + _PACKETS)
+        self._todo = np.zeros((layout.QUEUE_ENTRIES + self._todo_size * layout.ENTRY_BYTES) // 8, np.int64)
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._python_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with worker.paused():
+            self.port = worker.add_port()
+            rings = [
+                worker.add_ring(self.port, row, f"{name}: vring {index}") for index, row in enumerate(rows)
+            ]
+            record = worker.ports[self.port]
+            record["rx"], record["tx"] = rings
+            record["cid"] = cid
+            record["table"] = self._table.ctypes.data
+            record["table_mask"] = len(self._table) - 1
+            record["seed"] = secrets.randbits(62)
+            record["commands"], record["commands_mask"] = self._commands.ctypes.data, _COMMANDS - 1
+            record["todo"], record["todo_mask"] = self._todo.ctypes.data, self._todo_size - 1
+            record["todo_kept"] = kept
+            record["python_fd"] = self._python_fd
+            record["ready_first"] = record["ready_last"] = -1
+            worker.watch(self._bell, select.EPOLLIN, blocks.EVENT_PORT, self.port)
+        self._rings = rings
+        self.places = [WorkerPlace(worker, self.port, ring) for ring in rings]
+        poller.register(self._python_fd, select.EPOLLIN, lambda _events: self.serve(), inner=True)
+
+    # --- contract.Carrier ---------------------------------------------------------------------------------
+
+    def open(self, key: Key) -> int | None:
+        """A slot for a connection, which the loop knows of from now on; None: there is no room."""
+        if len(self._held) >= self.limit:
+            return None
+        try:
+            slot = self.worker.slots.take()
+        except RuntimeError:
+            return None
+        granted = self._plane.grant(self._buffer)
+        size = granted * (_RECORDS if key.type == abi.TYPE_SEQPACKET else 1)
+        out = mmap.mmap(-1, size)
+        self._held[slot] = ([out], granted)
+        self.worker.connections[slot] = np.zeros(1, layout.CONNECTION)[0]
+        record = self.worker.connections[slot]
+        for field, value in (
+            ("serial", self._plane.serial()),
+            ("guest", self.port),
+            ("type", key.type),
+            ("guest_port", key.guest_port),
+            ("peer_cid", key.peer_cid),
+            ("peer_port", key.peer_port),
+            ("fd", -1),
+            ("other", -1),
+            ("buf_alloc", granted),
+            ("alloc_told", granted),
+            ("out", _address(out)),
+            ("out_size", size),
+            ("out_open", -1),
+            ("next", -1),
+            ("peer_buf_alloc", self._credit[0]),
+            ("peer_fwd_cnt", self._credit[1]),
+            ("expect", 2),
+        ):
+            record[field] = value
+        self._push(layout.CMD_OPEN, slot)
+        return slot
+
+    def attach(self, slot: int, fd: int) -> None:
+        """Says which socket is at the other end; it is used from `start` on."""
+        record = self.worker.connections[slot]
+        if record["type"] == abi.TYPE_SEQPACKET:
+            # One byte more than any message that is taken, which shows what was cut off.
+            memory = mmap.mmap(-1, _power(self._buffer) + mmap.PAGESIZE)
+            self._held[slot][0].append(memory)
+            record["message"] = _address(memory)
+            record["message_room"] = self._buffer + 1
+        record["fd"] = fd
+
+    def join(self, slot: int, other: Carrier, other_slot: int) -> None:
+        """Ties a connection to one of a sibling, whose worker is the same."""
+        assert isinstance(other, Link)
+        if other.worker is not self.worker:
+            raise ValueError(f"{self.name} and {other.name} are served by different workers")
+        serial = int(self.worker.connections[other_slot]["serial"])
+        self._push(layout.CMD_JOIN, slot, other_slot, serial)
+
+    def send(self, slot: int, op: int, flags: int = 0) -> None:
+        """A packet without data."""
+        self._push(layout.CMD_SEND, slot, op, flags)
+
+    def reset(self, key: Key) -> None:
+        """RST for a connection that nobody knows."""
+        if len(self._backlog) >= _COMMANDS:
+            # Who sends so much to nobody needs no answer to all of it.
+            return
+        self._push(layout.CMD_RESET, -1, *key)
+
+    def start(self, slot: int) -> None:
+        """Data may flow."""
+        record = self.worker.connections[slot]
+        if record["fd"] >= 0:
+            try:
+                self.worker.watch(
+                    int(record["fd"]), select.EPOLLIN | select.EPOLLRDHUP, layout.EVENT_CONNECTION, slot
+                )
+            except OSError as error:
+                code = error.errno or 0
+                self._poller.call_soon_threadsafe(lambda: self._told().failed(slot, code))
+                return
+        self._push(layout.CMD_START, slot)
+
+    def when_drained(self, slot: int) -> None:
+        """Has `drained` told when all that the guest has sent so far has gone on."""
+        self._push(layout.CMD_DRAIN, slot)
+
+    def hush(self, slot: int) -> None:
+        """The guest takes nothing more."""
+        self._push(layout.CMD_HUSH, slot)
+
+    def message(self, slot: int) -> None:
+        """An empty message, and reading goes on."""
+        self._push(layout.CMD_MESSAGE, slot)
+
+    def close(self, slot: int) -> None:
+        """Takes a connection out; `closed` is told when the loop has let go of it."""
+        self._push(layout.CMD_CLOSE, slot)
+
+    # --- the device's ------------------------------------------------------------------------------------
+
+    @property
+    def open_connections(self) -> int:
+        """How many the loop has, those on their way out as well."""
+        return len(self._held)
+
+    def forget_packets(self) -> None:
+        """The driver is gone: packets that wait for its buffers are not wanted any more."""
+        unwanted = (layout.CMD_SEND, layout.CMD_RESET, layout.CMD_MESSAGE)
+        self._backlog = deque(command for command in self._backlog if command[0] not in unwanted)
+        with self.worker.paused():
+            queue = int(self._commands.ctypes.data)
+            for number in range(load64(queue + layout.QUEUE_TAKEN), load64(queue + layout.QUEUE_PUT)):
+                entry = queue + layout.QUEUE_ENTRIES + (number % _COMMANDS) * layout.ENTRY_BYTES
+                if load64(entry + layout.ENTRY_KIND) in unwanted:
+                    store64(entry + layout.ENTRY_KIND, 0)
+        self._ring()
+
+    def set_cid(self, cid: int) -> None:
+        """The guest has another CID from now on."""
+        with self.worker.paused():
+            self.worker.ports[self.port]["cid"] = cid
+
+    def serve(self) -> None:
+        """Tells of what the loop has put; on the control thread."""
+        eventfd.drain(self._python_fd)
+        queue = int(self._todo.ctypes.data)
+        taken = load64(queue + layout.QUEUE_TAKEN)
+        # Pairs with the loop's release store, behind the entries.
+        put = load64_acquire(queue + layout.QUEUE_PUT)
+        full = put - taken > _PACKETS // 2
+        with self._batch():
+            for number in range(taken, min(put, taken + _BATCH)):
+                entry = queue + layout.QUEUE_ENTRIES + (number % self._todo_size) * layout.ENTRY_BYTES
+                words = [load64(entry + 8 * i) for i in range(layout.ENTRY_BYTES // 8)]
+                store64_release(queue + layout.QUEUE_TAKEN, number + 1)
+                try:
+                    self._tell(words)
+                except Exception:
+                    _log.exception("%s: what the loop told of connection %d", self.name, words[1])
+        if put > taken + _BATCH:
+            os.eventfd_write(self._python_fd, 1)
+        if full:
+            self._ring()
+
+    def wind_up(self, seconds: float) -> bool:
+        """Waits, so long at most, until the loop has let go of all connections; whether it has.
+
+        The poller may be closed by then.
+        """
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._python_fd, select.POLLIN)
+        while self._held and (left := end - time.monotonic()) > 0:
+            # While the queue is full, look again soon.
+            poll.poll(1000 * (min(left, _AGAIN) if self._backlog else left))
+            self.serve()
+            if self._backlog:
+                self._hand_on()
+        return not self._held
+
+    def shut(self) -> None:
+        """Gives up its place; no ring of it runs, and no connection is left."""
+        self._poller.unregister(self._python_fd)
+        with self.worker.paused():
+            self.worker.unwatch(self._bell, blocks.EVENT_PORT)
+            for ring in self._rings:
+                self.worker.remove_ring(ring)
+            self.worker.remove_port(self.port)
+            for slot in list(self._held):
+                self._let_go(slot)
+        os.close(self._bell)
+        os.close(self._python_fd)
+
+    # --- within ---------------------------------------------------------------------------------------------
+
+    def _told(self) -> Connections:
+        assert self.connections is not None
+        return self.connections
+
+    def _tell(self, words: list[int]) -> None:
+        kind, slot, a = words[:3]
+        told = self._told()
+        if kind == layout.TODO_PACKET:
+            key = Key(words[2], words[3], words[4] & (1 << 64) - 1, words[5])
+            op, flags = words[6] & _WORD, words[7] & _WORD
+            self._credit = words[6] >> 32 & _WORD, words[7] >> 32 & _WORD
+            try:
+                told.packet(slot if slot >= 0 else None, key, op, flags)
+            finally:
+                self._credit = 0, 0
+        elif kind == layout.TODO_EOF:
+            told.eof(slot)
+        elif kind == layout.TODO_FAILED:
+            told.failed(slot, a)
+        elif kind == layout.TODO_VIOLATED:
+            told.violated(slot, _VIOLATIONS[a])
+        elif kind == layout.TODO_DRAINED:
+            told.drained(slot)
+        else:
+            self._let_go(slot)
+            told.closed(slot)
+
+    def _let_go(self, slot: int) -> None:
+        """The loop has nothing of a connection any more."""
+        record = self.worker.connections[slot]
+        if record["fd"] >= 0:
+            self.worker.unwatch(int(record["fd"]), layout.EVENT_CONNECTION)
+        record["fd"] = -1
+        memory, granted = self._held.pop(slot)
+        for mapped in memory:
+            mapped.close()
+        self._plane.give_back(granted)
+        self.worker.slots.give_back(slot)
+
+    def _push(self, *command: int) -> None:
+        self._backlog.append(command)
+        if len(self._backlog) == 1:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        queue = int(self._commands.ctypes.data)
+        put = load64(queue + layout.QUEUE_PUT)
+        # Pairs with the loop's release store, behind its last use of an entry.
+        room = _COMMANDS - (put - load64_acquire(queue + layout.QUEUE_TAKEN))
+        while self._backlog and room:
+            entry = queue + layout.QUEUE_ENTRIES + (put % _COMMANDS) * layout.ENTRY_BYTES
+            for i, word in enumerate(self._backlog.popleft()):
+                store64(entry + 8 * i, word)
+            put += 1
+            room -= 1
+        # Pairs with the loop's acquire load of the number.
+        store64_release(queue + layout.QUEUE_PUT, put)
+        if self._backlog:
+            self._poller.call_later(_AGAIN, self._hand_on)
+        self._ring()
+
+    def _ring(self) -> None:
+        if self._within:
+            self._owed = True
+        else:
+            os.eventfd_write(self._bell, 1)
+
+    @contextmanager
+    def _batch(self) -> Iterator[None]:
+        """The loop is woken once, at the end, if there is something for it."""
+        self._within, self._owed = True, False
+        try:
+            yield
+        finally:
+            self._within = False
+            if self._owed:
+                self._ring()
+
+
+def _address(memory: mmap.mmap) -> int:
+    """Where mapped memory lies."""
+    whole: Any = np.frombuffer(memory, np.uint8)
+    return int(whole.ctypes.data)

@@ -1,0 +1,131 @@
+"""The socket device as a front end sees it, with a driver in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from in_process import FrontEnd, served, serving
+from pyvhost.abi import virtio
+from pyvhost.abi import virtio_vsock as abi
+from pyvhost.driver.memory import MIB, GuestMemory
+from pyvhost.driver.vsock import VsockDriver
+from pyvhost.vhost.errors import VhostError
+from pyvhost.vsock.device import EVENT, VsockDevice
+
+CID = 52
+
+
+@pytest.fixture
+def device() -> VsockDevice:
+    return VsockDevice(CID)
+
+
+@pytest.fixture
+def front(device: VsockDevice) -> Iterator[FrontEnd]:
+    with served(device) as front:
+        yield front
+
+
+@pytest.mark.parametrize("cid", [-1, 0, 1, 2, (1 << 32) - 1, 1 << 32])
+def test_no_guest_has_a_cid_that_is_somebody_elses(cid: int) -> None:
+    with pytest.raises(ValueError, match=f"CID {cid}: "):
+        VsockDevice(cid)
+
+
+@pytest.mark.parametrize("options", [{"buffer": 4096}, {"buffer": 100_000}, {"max_connections": 0}])
+def test_what_can_not_be_is_said_at_once(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VsockDevice(CID, **options)  # type: ignore[arg-type]
+
+
+def test_the_configuration_is_the_cid(front: FrontEnd) -> None:
+    assert front.get_config(0, 64) == CID.to_bytes(8, "little")
+    with pytest.raises(VhostError):
+        front.device.set_config(0, bytes(8), 0)
+
+
+@pytest.mark.parametrize(
+    ("acked", "types"),
+    [
+        ((), {abi.TYPE_STREAM}),
+        ((abi.F_SEQPACKET,), {abi.TYPE_STREAM, abi.TYPE_SEQPACKET}),
+        ((abi.F_SEQPACKET, abi.F_NO_IMPLIED_STREAM), {abi.TYPE_SEQPACKET}),
+        ((abi.F_STREAM, abi.F_NO_IMPLIED_STREAM), {abi.TYPE_STREAM}),
+    ],
+)
+def test_types_are_what_was_negotiated(
+    front: FrontEnd, device: VsockDevice, acked: tuple[int, ...], types: set[int]
+) -> None:
+    device.set_features(sum(1 << bit for bit in (*acked, virtio.F_VERSION_1)))
+    assert device.connections.types == types
+
+
+def test_a_driver_that_has_known_another_back_end_hears_of_it(front: FrontEnd, device: VsockDevice) -> None:
+    with GuestMemory(16 * MIB) as memory:
+        driver = VsockDriver(front, memory)
+        driver.start()
+        queues = (driver.rx, driver.tx, driver.event)
+        # Nobody listens there: one packet each way, so that the rings stand elsewhere than at their beginning.
+        with serving(device), pytest.raises(ConnectionError):
+            driver.connect(1)
+        assert driver.transport_resets == 0
+        bases = [front.stop_ring(index) for index in range(len(queues))]
+        assert bases[0] > 0
+        for index, queue in enumerate(queues):
+            # Stopped and let on, as QEMU does to a guest that is paused: its connections are there.
+            front.start_ring(index, queue, bases[index])
+        with serving(device):
+            driver.pump()
+        assert driver.transport_resets == 0
+        bases = [front.stop_ring(index) for index in range(len(queues))]
+        device.reset()
+        front.negotiate(driver.features)
+        front.set_mem_table(memory.regions)
+        for index, queue in enumerate(queues):
+            front.start_ring(index, queue, bases[index])
+        with serving(device):
+            driver.wait_for(lambda: driver.transport_resets == 1, "transport reset")
+        assert device.get_vring_base(EVENT) == 1
+
+
+def test_a_driver_that_begins_anew_has_no_connections(front: FrontEnd, device: VsockDevice) -> None:
+    with GuestMemory(16 * MIB) as memory:
+        for _ in range(2):
+            driver = VsockDriver(front, memory)
+            driver.start()
+            with serving(device):
+                driver.listen(80)
+                driver.answers = False
+                device.connections.connect(Silent(), abi.TYPE_STREAM, 81)
+                driver.stray()
+            assert device.link.open_connections == 1
+            # QEMU's reset: the rings are stopped, and those of the next driver start where rings begin.
+            for index in range(3):
+                front.stop_ring(index)
+
+
+class Silent:
+    """An end that is never connected."""
+
+    fd = -1
+
+    def accepted(self) -> None:
+        raise AssertionError("nobody accepts it")
+
+    def refused(self, reason: str) -> None:
+        pass
+
+    def shutdown(self, flags: int) -> None:
+        pass
+
+    def ended(self) -> int:
+        return 0
+
+    def close(self, reset: bool) -> None:
+        pass
+
+
+def test_a_driver_without_event_buffers_hears_nothing(front: FrontEnd, device: VsockDevice) -> None:
+    assert not device.transport_reset()
