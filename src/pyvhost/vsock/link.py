@@ -333,9 +333,10 @@ class Link:
     def _push(self, *command: int) -> None:
         self._backlog.append(command)
         if len(self._backlog) == 1:
-            self._hand_on()
+            # A new connection can wait for its first packet, or for the guest's next: commands come before those.
+            self._hand_on(command[0] != layout.CMD_OPEN)
 
-    def _hand_on(self) -> None:
+    def _hand_on(self, at_once: bool = True) -> None:
         queue = int(self._commands.ctypes.data)
         put = load64(queue + layout.QUEUE_PUT)
         # Pairs with the loop's release store, behind its last use of an entry.
@@ -350,7 +351,8 @@ class Link:
         store64_release(queue + layout.QUEUE_PUT, put)
         if self._backlog:
             self._poller.call_later(_AGAIN, self._hand_on)
-        self._ring()
+        if at_once:
+            self._ring()
 
     def _ring(self) -> None:
         if self._within:
