@@ -14,6 +14,7 @@ from pyvhost.cli.bench.disks import Sample
 from pyvhost.cli.bench.loader import Workload
 from pyvhost.cli.bench.machine import pick_cores
 from pyvhost.dataplane.policy import PLAIN
+from pyvhost.driver.errors import DeviceError
 from requirements import need_program
 
 compiled = pytest.mark.skipif(PLAIN, reason="a benchmark of compiled code")
@@ -85,7 +86,7 @@ def test_a_request_that_fails_is_no_result(tmp_path: Path) -> None:
     ) as disk:
         with image.open("r+b") as file:
             file.truncate(MIB // 2)
-        with pytest.raises(disks.DeviceError, match="requests failed"):
+        with pytest.raises(DeviceError, match="requests failed"):
             disk.measure(READ, 0.1)
 
 

@@ -108,7 +108,8 @@ def disk_guest(
         )
         back.wait_ready([socket])
         guest = QemuGuest(
-            disks=[Disks(socket)],
+            # As many entries as virtio-scsi-pci has: seg_max follows from it, and so into how much 1 MiB is cut.
+            disks=[Disks(socket, options="virtqueue_size=256")],
             memory_mib=512,
             accelerator=accelerator,
             modules=("virtio_pci", "virtio_scsi", "sd_mod"),

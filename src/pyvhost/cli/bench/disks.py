@@ -94,7 +94,9 @@ class Fio:
         self._direct = direct
 
     def measure(self, workload: Workload, seconds: float, *, count: bool = False) -> Sample:
-        """Its processor time has the making of the requests in it, which the back ends' has not."""
+        """Its processor time has the making of the requests in it, which the back ends' has not, and leaves out the
+        kernel's workers, which the back ends' has.
+        """
         command = [
             *("nice", "-n", "-20", "taskset", "--cpu-list", str(self._core)),
             *("fio", f"--filename={self._path}", *fio_options(workload, seconds, direct=self._direct)),
@@ -123,7 +125,7 @@ def fio_options(workload: Workload, seconds: float, *, direct: bool) -> list[str
         f"--iodepth={workload.depth}",
         f"--direct={int(direct)}",
         f"--runtime={round(seconds * 1000)}ms",
-        *("--time_based", "--norandommap", "--invalidate=0", "--randrepeat=0", "--thread"),
+        *("--time_based", "--norandommap", "--invalidate=0", "--randrepeat=0"),
     ]
 
 
