@@ -35,6 +35,7 @@ def test_two_uml_guests() -> None:
     assert "Two guests run Linux" in said
     assert re.search(r"eth0: <BROADCAST,MULTICAST,UP,LOWER_UP>.* state UP", said)
     assert "4 packets transmitted, 4 received, 0% packet loss" in said
+    assert re.search(r"Linux [\d.]+, boot [0-9a-f-]{36}, called by CID 2", said)
     assert re.search(r"/dev/sda \S+ ext4 rw", said)
     written, read = re.findall(r"(?m)^([0-9a-f]{64})  data$", said)
     assert written == read

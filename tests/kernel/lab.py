@@ -59,7 +59,8 @@ class KernelLab(QemuGuest):
         return self.run(command, timeout=timeout).output
 
     def _furnish(self, tree: Initramfs) -> None:
-        names = ["kernel.in_guest", "traceback"]
+        # Beside what it imports: what `-m` and an error need.
+        names = ["kernel.in_guest", "pkgutil", "runpy", "traceback"]
         for room in ("abi", "host", "driver"):
             package = importlib.import_module(f"pyvhost.{room}")
             names += [f"pyvhost.{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]

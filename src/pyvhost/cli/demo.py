@@ -32,7 +32,7 @@ from pyvhost.observe.top import History, render, scaled
 #: What serves, as anybody could write it. It has the names of the sockets, in the folder where it runs.
 PROGRAM = """\
 import logging
-from pyvhost import NetDevice, ScsiDevice, serve
+from pyvhost import NetDevice, ScsiDevice, VsockDevice, serve
 
 logging.basicConfig(format="%(levelname)s: %(message)s")
 logging.getLogger("pyvhost").setLevel("INFO")
@@ -40,6 +40,7 @@ serve({
     "first": NetDevice("switch:demo", name="first"),
     "second": NetDevice("switch:demo", name="second"),
     "disks": ScsiDevice(["disk.img"], name="disks"),
+    "sockets": VsockDevice(3, uds_path="guest", name="sockets"),
 })
 """
 _LOOK_SECONDS = 0.5
@@ -113,9 +114,9 @@ class Demo:
         """Everything, from the back end's start to the summary. DemoError: this kind of guest can't be had."""
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="pyvhost-demo-")))
         sockets = [folder / "first", folder / "second"]
-        ends = make_ends(self.kind, sockets, folder / "disks", self._say)
+        ends = make_ends(self.kind, sockets, folder / "disks", folder / "sockets", self._say)
         make_disk(folder / "disk.img")
-        serving = self._serve([*sockets, folder / "disks"])
+        serving = self._serve([*sockets, folder / "disks", folder / "sockets"])
         self._stack.callback(ends.stop)
         with self.console.status("booting"):
             ends.start()

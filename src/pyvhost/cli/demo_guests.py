@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyvhost.cli import demo_disk
+from pyvhost.cli import demo_disk, demo_vsock
 from pyvhost.cli.guests import (
     Disks,
     Guest,
@@ -79,8 +79,10 @@ class Ends(ABC):
         """Take both ends down."""
 
 
-def make_ends(kind: str, sockets: Sequence[Path], disks: Path, say: Say) -> Ends:
-    """The two ends, the first with the SCSI controller at `disks`; not started. DemoError: not on this host."""
+def make_ends(kind: str, sockets: Sequence[Path], disks: Path, vsock: Path, say: Say) -> Ends:
+    """The two ends, not started; the first with the SCSI controller at `disks`, and the socket device at `vsock`
+    if something in it could use that. DemoError: not on this host.
+    """
     if kind == "uml":
         if shutil.which(uml.PROGRAM) is None:
             raise DemoError(f"apt-get install {uml.PACKAGE}")
@@ -89,7 +91,7 @@ def make_ends(kind: str, sockets: Sequence[Path], disks: Path, say: Say) -> Ends
         first, second = sockets
         return UmlEnds(
             [
-                UmlGuest([first], disks=[disks], name=f"guest {first.name}"),
+                UmlGuest([first], disks=[disks], vsock=vsock, name=f"guest {first.name}"),
                 UmlGuest([second], name=f"guest {second.name}"),
             ]
         )
@@ -180,6 +182,12 @@ class GuestEnds(Ends):
 
 class UmlEnds(GuestEnds):
     """Two UMLs. Python is there, the host's own."""
+
+    def __init__(self, guests: Sequence[UmlGuest]) -> None:
+        super().__init__(guests)
+        path = Path(guests[0].vsock or "").with_name("guest")
+        title = f"It answers on vsock port {demo_vsock.PORT}"
+        self.shows = (*self.shows, (title, lambda say: demo_vsock.show_vsock(guests[0], path, say)))
 
     def transfer(self, seconds: float) -> None:
         first, second = self._guests

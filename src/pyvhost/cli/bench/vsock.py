@@ -28,6 +28,7 @@ from pyvhost.cli.bench.counting import CannotCountError
 from pyvhost.cli.bench.machine import ended_by_signals, favour, favoured, scratch_directory
 from pyvhost.cli.bench.vsock_ends import CONNECTING, TO_GUEST, TO_HOST, Guest, HostEnd, unix_pair
 from pyvhost.driver.errors import DriverError
+from pyvhost.observe.top import scaled
 
 SIZES: Final = (64, 4096, 65536)
 #: Mbit/s of the published comparison by direction and size: Linux's vhost-vsock, the userspace peer.
@@ -188,6 +189,7 @@ def _table(rows: list[Row]) -> Table:
         caption="published, on another machine: Linux's vhost-vsock, the userspace peer, its share of the kernel's",
         box=None,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
     for name in ("ours", "unix", "ratio", "packets", "calls", "kernel", "peer", "its"):
@@ -198,7 +200,7 @@ def _table(rows: list[Row]) -> Table:
             f"{statistics.median(row.ours):,.0f}",
             f"{statistics.median(row.pair):,.0f}",
             f"{row.ratio:.2f}",
-            f"{row.packets:,.0f}",
+            scaled(round(row.packets)),
             _shown(row.calls, "{:.3f}"),
             _shown(row.kernel, "{:,.0f}"),
             _shown(row.peer, "{:,.0f}"),
