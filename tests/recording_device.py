@@ -170,6 +170,9 @@ class RecordingDevice:
     def iotlb_invalidate(self, iova: int, size: int, /) -> None:
         self._record("iotlb_invalidate", iova, size)
 
+    def look_for_entries(self, index: int, /) -> None:
+        self._record("look_for_entries", index)
+
     def miss(self, index: int, iova: int, perm: int) -> None:
         """A vring misses an address."""
         self.misses.append(IotlbMiss(index, iova, perm))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from kernel import driver_cases, experiment, receive, replay, transmit, transposed
 from kernel.bench import Fact
+from kernel.rests import kernel_rests
 from pyvhost.driver.vhost_ioctl import open_kernel
 
 #: They put their experiments on the list.
@@ -25,7 +26,7 @@ def ioctls() -> dict[str, list[list[object]]]:
     return {
         case["case"]: [
             [found.number, found.got, str(found)]
-            for found in replay.replay(case, replay.KernelFile, pause=0.2)
+            for found in replay.replay(case, replay.KernelFile, kicked=kernel_rests)
         ]
         for case in cases
     }

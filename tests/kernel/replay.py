@@ -36,6 +36,7 @@ from typing import Any, Protocol
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel.rests import kernel_rests
 from kernel.scene import Scene
 
 RECORDED = Path(__file__).parent / "recorded" / "kernel-answers.json"
@@ -127,15 +128,20 @@ def cases(device: str) -> list[Case]:
 
 
 def replay(
-    case: Case, open_device: Open, *, children: bool = True, patience: float = PATIENCE, pause: float = 0.0
+    case: Case,
+    open_device: Open,
+    *,
+    children: bool = True,
+    patience: float = PATIENCE,
+    kicked: Callable[[], None] = lambda: None,
 ) -> list[Difference]:
     """Does a case's steps in order; what came out otherwise.
 
     `children`: steps of a forked child are done by one; without, they are differences ("not done"). `patience`:
-    how long what is recorded is waited for, in seconds. `pause`: how long after each kick a kernel is left alone, so
-    that the next one is not taken for the same.
+    how long what is recorded is waited for, in seconds. `kicked` is called after each kick: `kernel_rests`, so that
+    a kernel does not take the next one for the same.
     """
-    player = Player(case, open_device, children, patience, pause)
+    player = Player(case, open_device, children, patience, kicked)
     try:
         return list(player.play())
     finally:
@@ -145,10 +151,12 @@ def replay(
 class Player:
     """One case on its way."""
 
-    def __init__(self, case: Case, open_device: Open, children: bool, patience: float, pause: float) -> None:
+    def __init__(
+        self, case: Case, open_device: Open, children: bool, patience: float, kicked: Callable[[], None]
+    ) -> None:
         self.case = case
         self.patience = patience
-        self.pause = pause
+        self._kicked = kicked
         self.scene = Scene()
         self._open = open_device
         self._children = children
@@ -306,7 +314,7 @@ class Player:
 
     def eventfd_write(self, step: Step) -> Any:
         done = os.write(self.scene.fd(step["fd"]), struct.pack("=Q", 1))
-        time.sleep(self.pause)
+        self._kicked()
         return done
 
     def eventfd_read(self, step: Step) -> Any:
@@ -452,7 +460,7 @@ def main(parts: list[str]) -> int:
     different = 0
     for case in [*recorded(), *sequences()]:
         if os.path.exists(f"/dev/{case['device']}") and (not parts or any(p in case["case"] for p in parts)):
-            found = replay(case, KernelFile, pause=0.2)
+            found = replay(case, KernelFile, kicked=kernel_rests)
             different += bool(found)
             print(f"{case['case']}: {len(found)} of {len(case['steps'])} steps differ")
             for line in found:

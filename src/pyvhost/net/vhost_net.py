@@ -16,6 +16,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -107,11 +108,15 @@ class VringPort:
         return self.worker.ports[self.port]
 
     def use_fd(self, fd: int) -> None:
-        """Takes a descriptor, now the port's, in place of the one before; -1: none."""
+        """Takes a descriptor, now the port's, in place of the one before; -1: none. OSError: the one before stays."""
         old = self.fd
-        if fd >= 0:
-            modes.take(fd)
-        self.fd = self.worker.use_fd(self.port, old, fd)
+        with ExitStack() as refused:
+            refused.callback(close, fd)
+            if fd >= 0:
+                modes.take(fd)
+                refused.callback(modes.give_back, fd)
+            self.fd = self.worker.use_fd(self.port, old, fd)
+            refused.pop_all()
         if old >= 0:
             modes.give_back(old)
             close(old)
@@ -212,18 +217,19 @@ class VhostNet(KernelDevice):
         # All that can be refused comes first: the one before stays then.
         self.prepare(index)
         self._host(net_fd.ready, fd)
-        taken = os.dup(fd)
-        if self.is_bound(index):
-            self.unbind(index)
-        self._bind(index, taken)
+        taken = self._host(os.dup, fd)
+        with port.worker.paused():
+            self._host(port.use_fd, taken)
+            if self.is_bound(index):
+                self.unbind(index)
+            self._bind(index)
 
-    def _bind(self, index: int, fd: int) -> None:
-        """Binds a ring that is not bound to a descriptor, now the port's."""
+    def _bind(self, index: int) -> None:
+        """Binds a ring that is not bound to its port's descriptor."""
         port = self._ports[index]
-        port.use_fd(fd)
         with port.worker.paused():
             port.negotiated(self.acked_features)
-        events = self._host(net_fd.poll, fd)
+        events = self._host(net_fd.poll, port.fd)
         self.bind(index, look=bool(events & (select.POLLOUT if index else select.POLLIN)))
 
     def backend_fault(self, index: int, code: int) -> None:
@@ -276,14 +282,18 @@ class VhostNet(KernelDevice):
             return
         port = self._ports[index]
         bound = self.is_bound(index)
-        fd = os.dup(port.fd) if port.fd >= 0 else -1
+        with ExitStack() as stack:
+            fd = self._host(os.dup, port.fd) if bound else -1
+            stack.callback(close, fd)
+            if bound:
+                self.unbind(index)
+            port.close()
+            self._worker_of[index] = worker
+            self._ports[index] = VringPort(self._process, self._workers[worker], self, index)
+            stack.pop_all()
         if bound:
-            self.unbind(index)
-        port.close()
-        self._worker_of[index] = worker
-        self._ports[index] = VringPort(self._process, self._workers[worker], self, index)
-        if bound:
-            self._bind(index, fd)
+            self._host(self._ports[index].use_fd, fd)
+            self._bind(index)
 
 
 def _set_backend(device: VhostNet, argument: ioctls.Argument) -> None:

@@ -15,6 +15,7 @@ import errno
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import ClassVar, Final
 
 from pyvhost.abi import vhost as abi
@@ -201,17 +202,18 @@ class Device(DeviceMemory):
                     f"{self.name}: vring {index}: {what} address {address:#x} is not {align}-byte aligned",
                 )
         old = (vring.flags, vring.desc, vring.used, vring.avail, vring.log)
-        vring.flags, vring.desc, vring.used = flags, desc_user_addr, used_user_addr
-        vring.avail, vring.log = avail_user_addr, log_guest_addr
-        try:
-            if vring.place is not None:
-                with vring.place.paused():
+        # Who serves it looks its parts up itself, when it waits for the IOTLB.
+        with vring.place.paused() if vring.place is not None else nullcontext():
+            vring.flags, vring.desc, vring.used = flags, desc_user_addr, used_user_addr
+            vring.avail, vring.log = avail_user_addr, log_guest_addr
+            try:
+                if vring.place is not None:
                     self._rings.locate(vring)
-            elif vring.wanted:
-                self._rings.start(vring)
-        except OSError as error:
-            vring.flags, vring.desc, vring.used, vring.avail, vring.log = old
-            raise self._refused(error) from error
+                elif vring.wanted:
+                    self._rings.start(vring)
+            except OSError as error:
+                vring.flags, vring.desc, vring.used, vring.avail, vring.log = old
+                raise self._refused(error) from error
 
     def set_vring_kick(self, index: int, fd: int) -> None:
         """VHOST_SET_VRING_KICK: the eventfd that the driver signals, now the device's; -1: none, poll instead."""

@@ -15,7 +15,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
@@ -38,6 +38,8 @@ def _protect(address: int, length: int) -> int:
     guard.install()
     return guard.protect(address, length)
 
+
+_TOP: Final = 1 << 64
 
 GUARD = Guard(_protect, guard.release, guard.lost)
 
@@ -76,8 +78,12 @@ class DeviceMemory(ABC):
     @property
     def lost_memory(self) -> bool:
         """Whether the front end made a memory file smaller than what it shared of it, or unmapped what it lent."""
-        if any(vring.place.record["lost"] for vring in self.vrings if vring.place is not None):
-            return True
+        for vring in self._running():
+            # Parts in a row are a mapping of their own, and the only one that a loop may have looked at.
+            if (vring.place is not None and vring.place.record["lost"]) or any(
+                mapped.lost for mapped in vring.stitched
+            ):
+                return True
         return self._memory.lost or (self._inflight is not None and self._inflight.lost)
 
     def set_mem_table(self, regions: Sequence[MemoryRegion]) -> None:
@@ -231,8 +237,15 @@ class DeviceMemory(ABC):
                 self._rings.resume(self.vrings[index])
 
     def iotlb_invalidate(self, iova: int, size: int) -> None:
-        """VHOST_IOTLB_INVALIDATE: when it returns nobody uses the range any more. EFAULT: there is no IOTLB."""
+        """VHOST_IOTLB_INVALIDATE: when it returns nobody uses the range any more. EFAULT: there is no IOTLB.
+
+        As on Linux the last byte is what counts: size 0 at 0 is everything, elsewhere nothing.
+        """
         iotlb = self._iotlb()
+        last = (iova + size - 1) % _TOP
+        if last < iova:
+            return
+        size = last - iova + 1
         with self._all_paused():
             lost = iotlb.invalidate(iova, size)
             self._rings.point()
@@ -243,6 +256,13 @@ class DeviceMemory(ABC):
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
         return self._memory.translated(iova, size, perm)
+
+    def look_for_entries(self, index: int) -> None:
+        """Has a vring that waits for the IOTLB look again, and ask for what it needs now."""
+        vring = self.vrings[index]
+        if vring.place is not None:
+            with vring.place.paused():
+                self._rings.resume(vring)
 
     def iotlb_miss(self, index: int, iova: int, perm: int) -> None:
         """Has the front end asked for an entry. From any thread."""

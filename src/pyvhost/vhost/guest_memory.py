@@ -66,8 +66,9 @@ class GuestMemory:
         return self.table.lost or (self.log is not None and self.log.lost)
 
     def parts(self, vring: Vring, table: MemoryTable | None = None, event_idx: bool = True) -> Parts:
-        """Where a vring lies here (virtio 1.2, 2.7). WaitsError: not all of it is in the IOTLB; VhostError EFAULT.
+        """Where a vring lies here (virtio 1.2, 2.7). WaitsError: not all of it is in the IOTLB.
 
+        VhostError EFAULT: it is not in memory, or may not be used so; EINVAL: it can't be used from where it lies.
         `table`: where it would lie with this one and no IOTLB.
         """
         assert vring.desc is not None
@@ -83,8 +84,10 @@ class GuestMemory:
                     else:
                         here = (self.table if table is None else table).host_of_user(address, size)
                 except OSError as error:
+                    # EINVAL: it is there, and its pages can't be put in a row.
+                    code = errno.EINVAL if error.errno == errno.EINVAL else errno.EFAULT
                     raise VhostError(
-                        errno.EFAULT, f"{self.name}: vring {vring.index}: {what}: {error.strerror}"
+                        code, f"{self.name}: vring {vring.index}: {what}: {error.strerror}"
                     ) from None
                 # What is aligned for the front end need not be so here: that is its mapping's choice.
                 if here % align:

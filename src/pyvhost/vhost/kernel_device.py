@@ -360,9 +360,7 @@ class KernelDevice(Device):
         """VHOST_IOTLB_INVALIDATE. EFAULT: there is no IOTLB. Size 0 at 0 is everything, elsewhere nothing."""
         if not self.has_iotlb:
             raise VhostError(errno.EFAULT, f"{self.name}: it has no IOTLB")
-        last = (iova + size - 1) % _TOP
-        if last >= iova:
-            super().iotlb_invalidate(iova, last - iova + 1)
+        super().iotlb_invalidate(iova, size)
 
     # --- workers ------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Misses in the IOTLB on their way to the front end, and those that it has taken and not yet answered.
 
 Promises: any thread may add; they are taken in the order in which they were missed; the descriptor is readable
-while one waits; a guest that misses for ever costs `WAITING` of them.
+while one waits; a guest that misses for ever costs `WAITING` of them, and other vrings none of theirs.
 Never: restarts a vring. An answer names those to restart.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -32,7 +32,8 @@ class Misses:
 
     def __init__(self) -> None:
         self._waiting: deque[IotlbMiss] = deque()
-        self._taken: list[IotlbMiss] = []
+        #: As a set that keeps the order.
+        self._taken: dict[IotlbMiss, None] = {}
         self._lock = threading.Lock()
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -52,26 +53,33 @@ class Misses:
             if not self._waiting:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self.fd)
+            self._taken.pop(miss, None)
             if len(self._taken) == WAITING:
-                del self._taken[0]
-            self._taken.append(miss)
+                self._forget_one_of_many()
+            self._taken[miss] = None
             return miss
 
     def answered(self, iova: int, size: int) -> list[int]:
         """The vrings whose taken misses an entry answers, which are done with."""
         with self._lock:
             found = [miss for miss in self._taken if iova <= miss.iova < iova + size]
-            self._taken = [miss for miss in self._taken if miss not in found]
+            for miss in found:
+                del self._taken[miss]
         return sorted({miss.index for miss in found})
 
     def forget(self, index: int | None = None) -> None:
         """Those of one vring, or all."""
         with self._lock:
             self._waiting = deque(m for m in self._waiting if index is not None and m.index != index)
-            self._taken = [m for m in self._taken if index is not None and m.index != index]
+            self._taken = {m: None for m in self._taken if index is not None and m.index != index}
             if not self._waiting and self.fd >= 0:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self.fd)
+
+    def _forget_one_of_many(self) -> None:
+        """The oldest of the vring that has most: one that has a single one waits for that."""
+        ((index, _),) = Counter(miss.index for miss in self._taken).most_common(1)
+        del self._taken[next(miss for miss in self._taken if miss.index == index)]
 
     def close(self) -> None:
         """Gives up the descriptor."""

@@ -49,6 +49,8 @@ class Rings:
         self._replays: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
         #: Used rings of vrings that wait, for what ends meanwhile: by vring.
         self._aside: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+        #: Vrings of which the log says why their parts can't be used where they are.
+        self._told: set[int] = set()
 
     def start(self, vring: Vring) -> None:
         """Puts a vring in its place. VhostError EINVAL: it has no size; EFAULT: it is not in memory; EBUSY."""
@@ -95,12 +97,26 @@ class Rings:
             vring.place = None
             place.end(vring)
             place.on_wait = None
-            place.record["running"] = place.record["own"] = 0
+            record = place.record
+            record["running"] = record["own"] = record["located"] = 0
             if vring.begun:
-                vring.base = int(place.record["last_avail"])
+                vring.base = int(record["last_avail"])
+            # What goes now is nobody's to look up any more.
+            for field in (
+                "regions",
+                "region_count",
+                "hit_size",
+                "log_data",
+                "log_used",
+                "inflight",
+                "replay_left",
+            ):
+                record[field] = 0
+            record["log_fd"] = -1
         vring.let_go()
         self._replays.pop(vring.index, None)
         self._aside.pop(vring.index, None)
+        self._told.discard(vring.index)
         self._device._misses.forget(vring.index)
         _log.debug("%s: vring %d rests, base %d", self._device.name, vring.index, vring.base)
         self._device.running_changed()
@@ -127,9 +143,15 @@ class Rings:
                 raise
             self._park(vring)
             # An IOTLB that allows too little is the front end's to mend: as on Linux the driver hears nothing.
-            if self._memory.iotlb is None and not asked:
-                self._tell(vring, error)
+            if self._memory.iotlb is None:
+                if not asked:
+                    self._tell(vring, error)
+            elif error.errno == errno.EINVAL and vring.index not in self._told:
+                # It is all there, and no use (decision 16): nobody would know why the vring waits.
+                self._told.add(vring.index)
+                _log.error("%s; the vring waits", error.strerror)
             return
+        self._told.discard(vring.index)
         stitched, vring.stitched = vring.stitched, parts.stitched
         record["desc"], record["avail"], record["used"] = parts.desc, parts.avail, parts.used
         self._bring_back(vring)
@@ -240,6 +262,8 @@ class Rings:
             # A device that works out of order may still have chains to use. Where the ring was it may not write.
             self._aside[vring.index] = np.zeros(vring.num + 1, np.int64)
             record["used"] = self._aside[vring.index].ctypes.data
+        # What it has taken may yet be looked up, and in nothing that is gone.
+        self._memory.point(vring, record, self._device.acked_features)
         record["located"] = record["running"] = 0
         record["fault"] = blocks.IOTLB_MISS
         if not record["waits_since"]:

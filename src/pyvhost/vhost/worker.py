@@ -3,8 +3,9 @@
 The loop's entry and exit play the part of the seed's rcu_read_lock and flush_work: what a loop reads is only
 changed inside `paused`, and when `paused` has begun, no loop holds what was there before.
 
-Promises: entering `paused` takes as long as a batch; nested and repeated uses are fine; a worker has a thread
-once it has a port. Never: runs Python while a ring waits, but to tell of a fault.
+Promises: entering `paused` takes as long as a batch, and as long as another thread is in one; nested and repeated
+uses are fine; a worker has a thread once it has a port.
+Never: runs Python while a ring waits, but to tell of a fault.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ _FOR_EVER: Final = 1 << 62
 Int64s = npt.NDArray[np.int64]
 #: A compiled loop: worker, rings and ports in, a reason out.
 Loop = Callable[[Any, Any, Any], int]
+
+
+#: Devices are used by threads of their own and share workers. One for all workers: who holds several has taken them
+#: in an order of its own.
+_changing: Final = threading.RLock()
+
+
+class _Thread(threading.Thread):
+    """A worker's."""
 
 
 class _EpollEvent(ctypes.Structure):
@@ -118,9 +128,14 @@ class Worker:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While this is held, the worker's thread is outside its loop."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("a worker can't pause itself")
+        """While this is held, the worker's thread is outside its loop, and no other thread changes any worker."""
+        if isinstance(threading.current_thread(), _Thread):
+            raise RuntimeError("a worker can't pause itself, nor wait for another's pause")
+        with _changing, self._pause():
+            yield
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
         with self._state:
             self._pauses += 1
         try:
@@ -216,20 +231,29 @@ class Worker:
             self._records[0]["watched"] -= 1
 
     def use_fd(self, port: int, old: int, new: int) -> int:
-        """Puts a port's descriptor in place of another, -1 for none; the new one. The old one is still open."""
+        """Puts a port's descriptor in place of another, -1 for none; the new one. The old one is still open.
+
+        OSError: the new one can't be watched, and nothing has changed.
+        """
         with self.paused():
             record = self.ports[port]
+            # A port of one ring is not woken by what only concerns another's.
+            events = select.EPOLLIN if record["rx"] >= 0 or record["row"] else 0
+            events |= select.EPOLLOUT if record["tx"] >= 0 or record["row"] else 0
             if old >= 0:
                 self.unwatch(old, blocks.EVENT_PORT)
+            if new >= 0:
+                try:
+                    self.watch(new, events, blocks.EVENT_PORT, port)
+                except OSError:
+                    if old >= 0:
+                        self.watch(old, events, blocks.EVENT_PORT, port)
+                    raise
             for field in ("held", "stream_have", "stream_at", "unsent_bytes", "error", "error_told"):
                 record[field] = 0
             record["fd"] = new
             record["readable"] = record["writable"] = int(new >= 0)
             if new >= 0:
-                # A port of one ring is not woken by what only concerns another's.
-                events = select.EPOLLIN if record["rx"] >= 0 or record["row"] else 0
-                events |= select.EPOLLOUT if record["tx"] >= 0 or record["row"] else 0
-                self.watch(new, events, blocks.EVENT_PORT, port)
                 self.activate(port)
         return new
 
@@ -237,7 +261,7 @@ class Worker:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread = _Thread(target=self._run, name=self.name, daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
@@ -395,15 +419,18 @@ class Workers(Generic[W]):
         self._workers: list[W] = []
         self._keys: dict[str, W] = {}
         self._turn = itertools.count()
+        # A collector may close a device, which takes one, in the middle of another's.
+        self._lock = threading.RLock()
 
     def take(self, key: str | None = None) -> W:
-        """The worker for what has to be together (`key`), or the next in turn."""
-        if key is not None and key in self._keys:
-            return self._keys[key]
-        turn = next(self._turn) % self.count
-        if turn >= len(self._workers):
-            self._workers.append(self._make(f"{self._kind}-worker{turn}"))
-        worker = self._workers[turn]
-        if key is not None:
-            self._keys[key] = worker
-        return worker
+        """The worker for what has to be together (`key`), or the next in turn. From any thread."""
+        with self._lock:
+            if key is not None and key in self._keys:
+                return self._keys[key]
+            turn = next(self._turn) % self.count
+            if turn >= len(self._workers):
+                self._workers.append(self._make(f"{self._kind}-worker{turn}"))
+            worker = self._workers[turn]
+            if key is not None:
+                self._keys[key] = worker
+            return worker

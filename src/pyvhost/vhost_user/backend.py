@@ -31,8 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pyvhost.abi import vhost, virtio
 from pyvhost.abi import vhost_user as abi
-from pyvhost.abi import virtio
 from pyvhost.abi.vhost_user import Request
 from pyvhost.host.fds import close
 from pyvhost.vhost_user import describe, requests
@@ -381,10 +381,15 @@ class BackendSession:
             self._outbox.fill(self.protocol_features, iotlb=self._misses_matter)
 
     def _iotlb_msg(self, message: Message) -> Payload:
-        self._outbox.take_misses()
+        entry = message.payload
+        assert isinstance(entry, Iotlb)
+        if entry.type == vhost.IOTLB_UPDATE:
+            self._outbox.take_misses()
         answer = requests.iotlb_msg(self.device, message)
-        assert isinstance(message.payload, Iotlb)
-        self._outbox.entered(message.payload)
+        if entry.type == vhost.IOTLB_UPDATE:
+            self._outbox.entered(entry)
+        else:
+            self._outbox.left(entry)
         return answer
 
     # --- the dirty log ---------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 Promises: one message at a time waits to be sent, so that a front end that does not read costs nothing here;
 however often the configuration changes meanwhile, it is told once; a miss of the IOTLB is taken from the device
-when it can be said or an entry comes, and waits its turn until then; no more than `MISSES_UNANSWERED` are ever
-awaited. Nobody is asked again for what was asked for and has not come, nor for what came meanwhile: a front end
-that gets to such a question when the driver has unmapped the page finds an access out of bounds.
+when it can be said or an entry comes or goes, and waits its turn until then; no more than `MISSES_UNANSWERED` are
+ever awaited. Nobody is asked again for what was asked for and has not come, nor for what came or went meanwhile: a
+front end that gets to such a question when the driver has unmapped the page finds an access out of bounds. A vring
+whose question was dropped looks again.
 Never: reads or writes a socket; says anything while the device is suspended ("Suspended device state").
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from pyvhost.abi import vhost
 from pyvhost.abi import vhost_user as abi
@@ -24,6 +26,8 @@ from pyvhost.vhost_user.payloads import U64, Iotlb
 
 #: Misses told whose answer has not come yet, at most: as many as a front end may be behind.
 MISSES_UNANSWERED = 64
+
+_TOP: Final = 1 << 64
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +99,7 @@ class Outbox:
                 return
 
     def take_misses(self) -> None:
-        """Before an entry comes or goes: what the device has missed so far, it missed without."""
+        """Before an entry comes, or when one has gone: what the device has missed so far, it missed without."""
         while self.open and len(self._turn) < WAITING:
             miss = self.device.take_iotlb_miss()
             if miss is None:
@@ -103,17 +107,28 @@ class Outbox:
             self._turn.append(miss)
 
     def entered(self, entry: Iotlb) -> None:
-        """An entry has come or gone: whoever missed it goes on, or has nothing more to do with it."""
-        comes = entry.type == vhost.IOTLB_UPDATE
+        """An entry has come: whoever missed it goes on."""
 
         def settled(miss: IotlbMiss) -> bool:
             inside = entry.iova <= miss.iova < entry.iova + entry.size
-            return inside and not (comes and miss.perm & ~entry.perm)
+            return inside and not miss.perm & ~entry.perm
 
         self._turn = deque(miss for miss in self._turn if not settled(miss))
         for asked in self._misses:
-            if comes and settled(asked.miss):
+            if settled(asked.miss):
                 asked.lacks = False
+
+    def left(self, entry: Iotlb) -> None:
+        """Entries have gone: what was missed there and not yet said is not said, for the driver may be done with it.
+
+        Whoever missed it looks again: what it still needs it asks for anew.
+        """
+        self.take_misses()
+        last = (entry.iova + entry.size - 1) % _TOP
+        gone = [miss for miss in self._turn if entry.iova <= miss.iova <= last]
+        self._turn = deque(miss for miss in self._turn if miss not in gone)
+        for index in sorted({miss.index for miss in gone}):
+            self.device.look_for_entries(index)
 
     def forget_misses(self, index: int) -> None:
         """A vring stops: what it missed is of no interest any more."""

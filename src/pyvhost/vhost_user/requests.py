@@ -109,9 +109,7 @@ def iotlb_msg(device: Device, message: Message) -> Payload:
     if told.type == vhost.IOTLB_UPDATE:
         device.iotlb_update(told.iova, told.size, told.uaddr, told.perm)
     elif told.type == vhost.IOTLB_INVALIDATE:
-        # As on Linux: an IOMMU's largest range has a size that is none, 2**64.
-        everything = told.iova == 0 and told.size == 0
-        device.iotlb_invalidate(told.iova, 1 << 64 if everything else told.size)
+        device.iotlb_invalidate(told.iova, told.size)
     else:
         # As the kernel answers them: misses and access failures are the back end's to tell.
         raise OSError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +18,17 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
+@pytest.fixture(params=["this kernel's way", "an older kernel's"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 6.11 a range can't be asked for."""
+    if request.param == "an older kernel's":
+
+        def refuse(start: int, end: int) -> list[tuple[int, int]]:
+            raise OSError(errno.ENOTTY, "no such ioctl")
+
+        monkeypatch.setattr(maps, "_asked_for", refuse)
 
 
 @pytest.fixture
@@ -92,3 +105,14 @@ def test_nowhere_is_a_fault(address: int) -> None:
         user_memory.read(address, 8)
     with pytest.raises(OSError, match=r"\[Errno 14\]"):
         user_memory.write(address, bytes(8))
+
+
+def test_a_forked_child_is_told_of_its_own(pages: int) -> None:
+    assert maps.usable(pages, PAGE) == [(pages, PAGE)]
+    child = os.fork()
+    if child == 0:
+        os._exit(
+            int(_libc.munmap(pages, PAGE) != 0 or maps.usable(pages, 2 * PAGE) != [(pages + PAGE, PAGE)])
+        )
+    assert os.waitpid(child, 0)[1] == 0
+    assert maps.usable(pages, PAGE) == [(pages, PAGE)]

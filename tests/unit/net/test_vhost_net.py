@@ -13,14 +13,17 @@ from contextlib import ExitStack
 import pytest
 
 import pyvhost
+from in_process import open_fds
 from netns import network_namespace
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio, virtio_net
+from pyvhost.dataplane import blocks
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net import NetDriver
 from pyvhost.driver.vhost_ioctl import VhostNetFrontend
-from pyvhost.host import tap
+from pyvhost.host import net_fd, tap
 from pyvhost.vhost.handle import Handle
+from pyvhost.vhost.worker import Worker
 
 VERSION_1 = 1 << virtio.F_VERSION_1
 HEADER_OURS = 1 << abi.NET_F_VIRTIO_NET_HDR
@@ -156,6 +159,40 @@ def test_another_backend_while_it_runs(scene: Scene) -> None:
     one, two = scene.wire(), scene.wire()
     handle = scene.open()
     driver = scene.driver(handle, one.fd, HEADER_OURS)
+    exchange(driver, one)
+    for index in (RX, TX):
+        handle.ioctl(abi.NET_SET_BACKEND, abi.VringFile(index, two.fd))
+    exchange(driver, two)
+
+
+def test_a_backend_that_can_not_be_watched_costs_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC: this user may watch no more descriptors. The one before stays, as if nobody had asked."""
+    one, two = scene.wire(), scene.wire()
+    handle = scene.open()
+    driver = scene.driver(handle, one.fd, HEADER_OURS)
+    exchange(driver, one)
+    os.set_blocking(two.fd, True)
+    fds = open_fds()
+    watch = Worker.watch
+    refused: list[int] = []
+
+    def full(worker: Worker, fd: int, events: int, kind: int, index: int) -> None:
+        if kind == blocks.EVENT_PORT and net_fd.same(fd, two.fd):
+            refused.append(fd)
+            raise OSError(errno.ENOSPC, f"descriptor {fd} can't be watched")
+        watch(worker, fd, events, kind, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "watch", full)
+        for index in (RX, TX):
+            with pytest.raises(OSError, match="can't be watched") as caught:
+                handle.ioctl(abi.NET_SET_BACKEND, abi.VringFile(index, two.fd))
+            assert caught.value.errno == errno.ENOSPC
+    assert len(refused) == 2
+    assert open_fds() == fds
+    assert os.get_blocking(two.fd)
     exchange(driver, one)
     for index in (RX, TX):
         handle.ioctl(abi.NET_SET_BACKEND, abi.VringFile(index, two.fd))

@@ -270,6 +270,21 @@ def test_a_guest_that_misses_for_ever_costs_no_more_than_so_many() -> None:
         assert len(misses._taken) <= WAITING
 
 
+def test_a_ring_that_misses_for_ever_costs_others_nothing() -> None:
+    """One that waits for a single entry goes on when it comes, whatever a guest does with another ring."""
+    with some_misses() as misses:
+        for index in (1, 2):
+            misses.add(IotlbMiss(index, 0x1000 * index, 1))
+            misses.take()
+        for iova in range(2 * WAITING):
+            misses.add(IotlbMiss(0, iova << 20, 1))
+            misses.take()
+        assert len(misses._taken) == WAITING
+        assert misses.answered(0x1000, 0x2000) == [1, 2]
+        assert misses.answered(0, 1 << 20) == []
+        assert misses.answered((2 * WAITING - 1) << 20, 1) == [0]
+
+
 def test_a_ring_that_stops_takes_its_misses_along() -> None:
     with some_misses() as misses:
         for index in (0, 1, 0):

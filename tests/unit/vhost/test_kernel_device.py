@@ -320,6 +320,32 @@ def test_an_entry_that_allows_too_little_is_no_miss_and_no_error(
     os.close(err)
 
 
+def test_parts_that_can_not_be_put_in_a_row_are_told_of_once(
+    behind_iotlb: Device, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Private memory has no second mapping (decision 16): nobody would know why the ring waits."""
+    behind_iotlb.set_vring_num(0, 512)
+    behind_iotlb.set_vring_addr(0, 0, 0x100000, 0x104000, 0x102000, 0)
+    for page, at in ((0x100, 0), (0x101, 5), (0x102, 7), (0x104, 9), (0x105, 10)):
+        behind_iotlb.iotlb_update(page * PAGE, PAGE, memory.at(at), abi.ACCESS_RW)
+    behind_iotlb.bind(0, look=True)
+    for _ in range(3):
+        # Each kick looks again.
+        on_wait = behind_iotlb.shelves[0].on_wait
+        assert on_wait is not None
+        on_wait()
+    assert not behind_iotlb.located()
+    assert misses(behind_iotlb) == []
+    (record,) = caplog.records
+    assert "vring 0: descriptor table" in record.message
+    assert "the vring waits" in record.message
+    behind_iotlb.iotlb_invalidate(0x101000, PAGE)
+    behind_iotlb.iotlb_update(0x101000, PAGE, memory.at(1), abi.ACCESS_RW)
+    assert behind_iotlb.shelves[0].on_wait is not None
+    behind_iotlb.shelves[0].on_wait()
+    assert behind_iotlb.located()
+
+
 def test_entries_for_what_is_not_mapped_allow_nothing(behind_iotlb: Device, memory: Memory) -> None:
     memory.take_away(9)
     behind_iotlb.bind(0, look=True)

@@ -108,6 +108,39 @@ def test_pauses_of_many_threads(worker: Worker) -> None:
     assert failures == []
 
 
+def test_no_two_threads_change_workers_at_once(worker: Worker) -> None:
+    """Ports and rings of many devices are in one worker's books, and a device may have several workers."""
+    other = Worker(net_loop, "other-worker", row())
+    inside: list[int] = []
+    failures: list[BaseException] = []
+
+    def change(first: Worker, second: Worker) -> None:
+        try:
+            for _ in range(100):
+                with first.paused(), second.paused():
+                    inside.append(1)
+                    os.sched_yield()
+                    assert len(inside) == 1
+                    port = first.add_port()
+                    ring = first.add_ring(port, row(), "ring")
+                    os.sched_yield()
+                    first.remove_ring(ring)
+                    first.remove_port(port)
+                    inside.pop()
+        except BaseException as error:
+            failures.append(error)
+
+    # In either order: nobody waits for somebody who waits.
+    players = [threading.Thread(target=change, args=pair) for pair in ((worker, other), (other, worker)) * 2]
+    for player in players:
+        player.start()
+    for player in players:
+        player.join(PATIENCE)
+        assert not player.is_alive()
+    other.close()
+    assert failures == []
+
+
 def test_nothing_moves_during_a_pause(driver: NetDriver, front: FrontEnd) -> None:
     """The ring is polled, the guest has sent, and for as long as the pause lasts nothing is used."""
     assert isinstance(front.device, NetDevice)

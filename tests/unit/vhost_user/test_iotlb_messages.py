@@ -111,13 +111,6 @@ def test_updates_and_invalidations_reach_the_device_and_are_always_answered(
     assert device.called("iotlb_invalidate") == [(0x1000, 0x2000)]
 
 
-def test_an_invalidation_of_nothing_at_0_is_one_of_everything(talk: Talk, device: RecordingDevice) -> None:
-    """What a flush of a whole IOMMU domain comes to, 2**64 bytes, has no other way to be said."""
-    for iova in (0, 0x1000):
-        assert talk.say(Request.IOTLB_MSG, Iotlb(iova, 0, 0, 0, vhost.IOTLB_INVALIDATE)) == U64(0)
-    assert device.called("iotlb_invalidate") == [(0, 1 << 64), (0x1000, 0)]
-
-
 def test_the_bytes_are_those_of_struct_vhost_iotlb_msg(talk: Talk, device: RecordingDevice) -> None:
     data = (
         "16000000" "09000000" "20000000"
@@ -296,6 +289,31 @@ def test_nobody_is_asked_for_what_has_come_or_gone_meanwhile(talk: Talk, device:
     talk.say(Request.IOTLB_MSG, Iotlb(0x1000, 0x1000, 0x7000, vhost.ACCESS_RO, vhost.IOTLB_UPDATE))
     talk.say(Request.IOTLB_MSG, Iotlb(0x3000, 0x1000, 0, 0, vhost.IOTLB_INVALIDATE))
     assert [m.payload for m in channel.told()] == [miss(0x9000), miss(0x2000), miss(0x1000, vhost.ACCESS_WO)]
+
+
+def test_a_vring_whose_miss_has_gone_unsaid_looks_again(talk: Talk, device: RecordingDevice) -> None:
+    """What it still needs it asks for anew; nobody else would wake it."""
+    channel = Channel(talk)
+    device.miss(0, 0x9000, vhost.ACCESS_RO)
+    talk.session.announce()
+    for index, iova in ((0, 0x2000), (1, 0x3000), (1, 0x3800), (0, 0x4000)):
+        device.miss(index, iova, vhost.ACCESS_RO)
+    # What was said is the front end's to answer.
+    for iova, size in ((0x3000, 0x1000), (0x9000, 0x1000), (0x2000, 0)):
+        assert talk.say(Request.IOTLB_MSG, Iotlb(iova, size, 0, 0, vhost.IOTLB_INVALIDATE)) == U64(0)
+    assert device.called("look_for_entries") == [(1,)]
+    assert [m.payload for m in channel.told()] == [miss(0x9000), miss(0x2000), miss(0x4000)]
+
+
+def test_an_invalidation_of_nothing_at_0_is_one_of_everything(talk: Talk, device: RecordingDevice) -> None:
+    """What a flush of a whole IOMMU domain comes to, 2**64 bytes, has no other way to be said."""
+    channel = Channel(talk)
+    for index, iova in ((1, 0), (0, (1 << 64) - 1)):
+        device.miss(index, iova, vhost.ACCESS_RO)
+    assert talk.say(Request.IOTLB_MSG, Iotlb(0, 0, 0, 0, vhost.IOTLB_INVALIDATE)) == U64(0)
+    assert device.called("iotlb_invalidate") == [(0, 0)]
+    assert device.called("look_for_entries") == [(0,), (1,)]
+    assert channel.told() == []
 
 
 def test_a_vring_that_stops_asks_for_nothing_more(talk: Talk, device: RecordingDevice) -> None:
