@@ -82,7 +82,7 @@ class Link:
         self._poller = poller
         self._plane = Plane.get()
         #: By slot: what the loop holds of a connection, and how much it was granted.
-        self._held: dict[int, tuple[list[mmap.mmap], int]] = {}
+        self._held: dict[int, tuple[mmap.mmap, int]] = {}
         self._backlog: deque[tuple[int, ...]] = deque()
         self._within = self._owed = False
         #: buf_alloc and fwd_cnt of the packet that is told: a REQUEST's are those of the connection that it opens.
@@ -126,9 +126,19 @@ class Link:
         except RuntimeError:
             return None
         granted = self._plane.grant(self._buffer)
-        size = granted * (_RECORDS if key.type == abi.TYPE_SEQPACKET else 1)
-        out = mmap.mmap(-1, size)
-        self._held[slot] = ([out], granted)
+        size, room = granted, 0
+        if key.type == abi.TYPE_SEQPACKET:
+            # A message of the host's, and one byte more than any that is taken: it shows what was cut off.
+            size, room = granted * _RECORDS, self._buffer + 1
+        try:
+            memory = mmap.mmap(-1, size + room)
+        except OSError as error:
+            _log.error("%s: no memory for another connection: %s", self.name, error.strerror)
+            self._plane.give_back(granted)
+            self.worker.slots.give_back(slot)
+            return None
+        out = _address(memory)
+        self._held[slot] = (memory, granted)
         self.worker.connections[slot] = np.zeros(1, layout.CONNECTION)[0]
         record = self.worker.connections[slot]
         for field, value in (
@@ -142,8 +152,10 @@ class Link:
             ("other", -1),
             ("buf_alloc", granted),
             ("alloc_told", granted),
-            ("out", _address(out)),
+            ("out", out),
             ("out_size", size),
+            ("message", out + size),
+            ("message_room", room),
             ("out_open", -1),
             ("next", -1),
             ("peer_buf_alloc", self._credit[0]),
@@ -156,14 +168,7 @@ class Link:
 
     def attach(self, slot: int, fd: int) -> None:
         """Says which socket is at the other end; it is used from `start` on."""
-        record = self.worker.connections[slot]
-        if record["type"] == abi.TYPE_SEQPACKET:
-            # One byte more than any message that is taken, which shows what was cut off.
-            memory = mmap.mmap(-1, _power(self._buffer) + mmap.PAGESIZE)
-            self._held[slot][0].append(memory)
-            record["message"] = _address(memory)
-            record["message_room"] = self._buffer + 1
-        record["fd"] = fd
+        self.worker.connections[slot]["fd"] = fd
 
     def join(self, slot: int, other: Carrier, other_slot: int) -> None:
         """Ties a connection to one of a sibling, whose worker is the same."""
@@ -325,8 +330,7 @@ class Link:
             self.worker.unwatch(int(record["fd"]), layout.EVENT_CONNECTION)
         record["fd"] = -1
         memory, granted = self._held.pop(slot)
-        for mapped in memory:
-            mapped.close()
+        memory.close()
         self._plane.give_back(granted)
         self.worker.slots.give_back(slot)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from pyvhost.abi import virtio_vsock as abi
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.vsock import VsockDriver
 from pyvhost.vhost.errors import VhostError
+from pyvhost.vsock.contract import Key
 from pyvhost.vsock.device import EVENT, VsockDevice
 
 CID = 52
@@ -125,6 +128,25 @@ class Silent:
 
     def close(self, reset: bool) -> None:
         pass
+
+
+def test_a_connection_that_there_is_no_memory_for_is_none(
+    front: FrontEnd, device: VsockDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Key(abi.TYPE_STREAM, 1, abi.VMADDR_CID_HOST, 2)
+    refusing = True
+
+    def refuse(*arguments: int) -> mmap.mmap:
+        if refusing:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(*arguments)
+
+    mapped = mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert device.link.open(key) is None
+    refusing = False
+    assert device.link.open(key) == 0, "the same place, which nobody has"
+    assert device.link.open_connections == 1
 
 
 def test_a_driver_without_event_buffers_hears_nothing(front: FrontEnd, device: VsockDevice) -> None:
