@@ -146,7 +146,8 @@ class Link:
             ("guest", self.port),
             ("type", key.type),
             ("guest_port", key.guest_port),
-            ("peer_cid", key.peer_cid),
+            # 64 bits of the guest's choice.
+            ("peer_cid", key.peer_cid - (key.peer_cid >> 63 << 64)),
             ("peer_port", key.peer_port),
             ("fd", -1),
             ("other", -1),
@@ -290,6 +291,11 @@ class Link:
                 self.worker.remove_ring(ring)
             self.worker.remove_port(self.port)
             for slot in list(self._held):
+                # The loop has not let go of it: neither may a sibling look at it any more.
+                record = self.worker.connections[slot]
+                if record["other"] >= 0:
+                    self.worker.connections[record["other"]]["other"] = -1
+                record["open"], record["other"] = 0, -1
                 self._let_go(slot)
         os.close(self._bell)
         os.close(self._python_fd)
