@@ -406,3 +406,12 @@ def test_the_guest_is_told_that_its_connections_are_gone(scene: VsockScene, gues
     assert scene.back_end.ask(scene.device.transport_reset)
     guest.wait_transport_reset()
     assert sock.reset
+
+
+def test_messages_without_number_for_a_reader_who_comes_late(scene: VsockScene, guest: VsockDriver) -> None:
+    sock, end = scene.pair(guest, type=SEQPACKET)
+    for number in range(3000):
+        sock.packet(abi.OP_RW, b"%d" % number, abi.SEQ_EOM)
+    guest.wait_sent()
+    for number in range(3000):
+        assert end.theirs.recv(100) == b"%d" % number

@@ -14,6 +14,7 @@ import pytest
 
 from back_end import PATIENCE
 from pyvhost.abi import virtio_vsock as abi
+from pyvhost.dataplane import blocks
 from pyvhost.driver.vsock import VsockDriver
 from pyvhost.driver.vsock_packet import HEADER, Packet
 from pyvhost.vsock.connections import UNANSWERED
@@ -321,3 +322,38 @@ def test_a_host_that_vanishes(scene: VsockScene, guest: VsockDriver) -> None:
         end.wait_over()
     scene.wait_closed()
     well(scene, guest)
+
+
+def test_a_request_to_a_number_of_64_bits(
+    scene: VsockScene, guest: VsockDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    far = [(1 << 64) - 1, 1 << 63, (1 << 63) - 1]
+    for number, cid in enumerate(far):
+        guest.send_packet(guest.packet(abi.OP_REQUEST, number, 80, dst_cid=cid))
+    guest.wait_for(lambda: len(guest._stray) == len(far), "refusals")
+    assert {(packet.op, packet.src_cid) for packet in guest._stray} == {(abi.OP_RST, cid) for cid in far}
+    scene.wait_closed(guest)
+    assert not [record for record in caplog.records if record.exc_info]
+    well(scene, guest)
+
+
+def test_lies_about_lengths_are_not_counted(scene: VsockScene, guest: VsockDriver) -> None:
+    sock, _ = scene.pair(guest)
+    row = scene.device._rows[1]
+    before = int(row[blocks.C_BYTES // 8])
+    sock.packet(abi.OP_RW, b"abc", length=(1 << 32) - 1)
+    guest.wait_for(lambda: sock.reset, "reset")
+    assert int(row[blocks.C_BYTES // 8]) == before
+
+
+def test_a_host_that_vanishes_where_nobody_reads(scene: VsockScene) -> None:
+    """The guest takes nothing more and says nothing; what the host had sent is unread, and it has gone."""
+    with scene.guest(buf_alloc=1024) as guest:
+        sock, end = scene.pair(guest)
+        end.theirs.send(bytes(4096))
+        guest.wait_for(lambda: sock.received == 1024, "all that it takes")
+        end.theirs.close()
+        well(scene, guest)
+        sock.shutdown(abi.SHUTDOWN_RCV)
+        guest.wait_for(lambda: sock.peer_shutdown == BOTH, "the host's end")
+        well(scene, guest)

@@ -93,8 +93,8 @@ CONNECTION: Final = int64s(
     "peer_buf_alloc",
     "peer_fwd_cnt",
     "tx_cnt",
-    # Whether the other end may have something, whether it has hung up, whether that was told (nothing more is read),
-    # and whether the guest takes nothing more.
+    # Whether the other end may have something, whether it has hung up (GONE: both ways), whether that was told
+    # (nothing more is read), and whether the guest takes nothing more.
     "readable",
     "hung_up",
     "ended",
@@ -117,6 +117,9 @@ CONNECTION: Final = int64s(
     # How many of the guest's buffers the last read filled.
     "expect",
 )
+
+#: `hung_up`: the other side has closed, and not only shut down its sending one.
+GONE: Final = 2
 
 #: A queue between the loop and Python: how many were put, how many taken (a cache line each), the entries.
 QUEUE_PUT: Final = 0

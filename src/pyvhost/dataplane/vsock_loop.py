@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno as codes
 from typing import Final
 
-from pyvhost.abi.virtio_vsock import OP_RST, OP_RW, SEQ_EOM
+from pyvhost.abi.virtio_vsock import OP_RST, OP_RW, SEQ_EOM, TYPE_SEQPACKET
 from pyvhost.dataplane.access import (
     clock_ns,
     load32,
@@ -60,6 +60,7 @@ from pyvhost.dataplane.vsock_blocks import (
     ENTRY_SLOT,
     ENTRY_TYPE,
     EVENT_CONNECTION,
+    GONE,
     QUEUE_ENTRIES,
     QUEUE_PUT,
     QUEUE_TAKEN,
@@ -67,7 +68,7 @@ from pyvhost.dataplane.vsock_blocks import (
     TODO_CLOSED,
 )
 from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush, give_up
-from pyvhost.dataplane.vsock_receive import offer, put_header, put_packet, receive
+from pyvhost.dataplane.vsock_receive import end, offer, put_header, put_packet, receive
 from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
 from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_header
 
@@ -111,6 +112,18 @@ def _start(worker: Record, rings: Records, guests: Records, connections: Records
     elif connection["other"] >= 0:
         wake(worker, rings, guests, connections, connection["other"])
     wake(worker, rings, guests, connections, slot)
+
+
+@kernel
+def _find_out(guest: Record, connections: Records, slot: int) -> None:
+    """Tells Python of another side that has closed, if nobody would read any more, and find out."""
+    connection = connections[slot]
+    if not connection["started"] or not (connection["ended"] or connection["hushed"]):
+        return
+    if not connection["mute"]:
+        give_up(guest, connections, slot, codes.EPIPE)
+    if not connection["ended"]:
+        end(guest, connections, slot, 0)
 
 
 @kernel
@@ -177,12 +190,17 @@ def obey(worker: Record, rings: Records, guests: Records, connections: Records, 
             drained(guest, connections[slot], slot)
         elif kind == CMD_HUSH:
             connections[slot]["hushed"] = 1
+            if connections[slot]["hung_up"] == GONE:
+                _find_out(guest, connections, slot)
         elif kind == CMD_JOIN:
             other = load64(entry + ENTRY_A)
             # The sibling's commands are not in one queue with these: it may be another connection by now.
             if connections[other]["open"] and connections[other]["serial"] == load64(entry + ENTRY_B):
                 connections[slot]["other"] = other
                 connections[other]["other"] = slot
+                if connections[slot]["type"] == TYPE_SEQPACKET:
+                    # What a message may have depends on this guest from now on.
+                    connections[other]["credit_due"] = 1
                 wake(worker, rings, guests, connections, slot)
                 wake(worker, rings, guests, connections, other)
         elif kind == CMD_CLOSE:
@@ -220,16 +238,13 @@ def _happened(
     if what & _EPOLLIN_OR_HUP:
         connection["readable"] = 1 - connection["ended"]
     if what & _EPOLLHUP:
-        connection["hung_up"] = 1
+        connection["hung_up"] = GONE if what & _GONE else 1
     if what & (_EPOLLOUT | _EPOLLHUP):
         connection["writable"] = 1
         if connection["started"]:
             flush(worker, guests[connection["guest"]], connections, slot)
-    if what & _GONE and connection["started"] and (connection["ended"] or connection["hushed"]):
-        # Nobody would read or write any more, and find out.
-        guest = guests[connection["guest"]]
-        if not connection["mute"]:
-            give_up(guest, connections, slot, codes.EPIPE)
+    if what & _GONE:
+        _find_out(guests[connection["guest"]], connections, slot)
     wake(worker, rings, guests, connections, slot)
 
 

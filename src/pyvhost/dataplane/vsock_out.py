@@ -164,7 +164,8 @@ def keep(connection: Record, iov: int, skip: int, length: int, flags: int) -> in
     """Puts `length` bytes of the pieces at `iov`, after the first `skip`, into `out`; 0, or VIOLATED_RECORDS."""
     framed = connection["type"] == TYPE_SEQPACKET
     if framed:
-        if room(connection) < length + 2 * RECORD:
+        # Rounding up needs no room of its own: the buffer's end is a multiple of RECORD.
+        if room(connection) < length + (RECORD if connection["out_open"] < 0 else 0):
             return VIOLATED_RECORDS
         if connection["out_open"] < 0:
             connection["out_open"] = connection["out_put"]
@@ -258,7 +259,10 @@ def flush(worker: Record, guest: Record, connections: Records, slot: int) -> Non
         gone(guest, connections, slot, done)
     drained(guest, connection, slot)
     if connection["started"] and not connection["mute"]:
-        waits = 1 if whole(connection) and not connection["writable"] else 0
+        waits = 1 if whole(connection) else 0
+        if waits and connection["writable"]:
+            # More than its share of this turn: asked anew, epoll tells at once.
+            connection["watches_writable"] = 0
         watch_writable(worker, connection, slot, waits)
 
 

@@ -231,7 +231,7 @@ def _put_data(
 
 
 @kernel
-def _end(guest: Record, connections: Records, slot: int, code: int) -> None:
+def end(guest: Record, connections: Records, slot: int, code: int) -> None:
     """The other end has ended (0), or failed: Python says what becomes of it."""
     connection = connections[slot]
     connection["ended"] = 1
@@ -260,7 +260,7 @@ def _from_socket(
         if got == -codes.EAGAIN:
             connection["readable"] = 0
         elif got != -codes.EINTR:
-            _end(guests[index], connections, slot, -got)
+            end(guests[index], connections, slot, -got)
         return _DONE if got != -codes.EINTR else _MORE
     used = _put_data(worker, rings, guests, connections, index, slot, got)
     if got == offered:
@@ -376,10 +376,10 @@ def _message_from_socket(
                 connection["readable"] = 0
             elif got != -codes.EINTR:
                 # Nothing: the end, or an empty message. Python can tell.
-                _end(guests[index], connections, slot, -got)
+                end(guests[index], connections, slot, -got)
             return _DONE if got != -codes.EINTR else _MORE
         if got == connection["message_room"] or got > connection["peer_buf_alloc"]:
-            _end(guests[index], connections, slot, codes.EMSGSIZE)
+            end(guests[index], connections, slot, codes.EMSGSIZE)
             return _DONE
         connection["message_bytes"] = got
         connection["message_gone"] = 0

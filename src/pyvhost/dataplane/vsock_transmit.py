@@ -205,7 +205,6 @@ def transmit(worker: Record, rings: Records, guests: Records, connections: Recor
             hand_over(guest, header, found)
             continue
         length = packet_length(header)
-        moved += length
         if length > load64(slot + SLOT_OUT_BYTES) - HEADER:
             _break(guest, connections, found, VIOLATED_LENGTH)
             continue
@@ -216,6 +215,7 @@ def transmit(worker: Record, rings: Records, guests: Records, connections: Recor
             _break(guest, connections, found, VIOLATED_CREDIT)
             continue
         connection["rx_cnt"] = (connection["rx_cnt"] + length) & WORD
+        moved += length
         if connection["mute"]:
             gone(guest, connections, found, length)
             continue

@@ -8,6 +8,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,37 @@ def test_credit_is_owed_when_the_guest_knows_of_less_than_half() -> None:
     assert (out.guests[0]["ready_first"], out.guests[0]["ready_last"]) == (0, 0)
     vsock_out.dequeue(out.guests[0], out.connections, 0)
     assert (out.guests[0]["ready_first"], out.guests[0]["ready_last"]) == (-1, -1)
+
+
+def test_all_that_was_granted_may_come_in_messages_of_one_byte() -> None:
+    """A record of the least size for each byte: the buffer is as large as that (`link`)."""
+    out = Out(TYPE_SEQPACKET)
+    for _ in range(SIZE // (2 * layout.RECORD)):
+        assert out.keep(b"x", SEQ_EOM) == 0
+    assert out.keep(b"x", SEQ_EOM) == layout.VIOLATED_RECORDS
+    # A message that goes on in another packet takes the last of it.
+    out = Out(TYPE_SEQPACKET)
+    assert out.keep(bytes(SIZE - layout.RECORD - 1)) == 0
+    assert out.keep(b"xx", SEQ_EOM) == layout.VIOLATED_RECORDS
+    assert out.keep(b"x", SEQ_EOM) == 0
+    assert vsock_out.whole(out.connection) == SIZE
+
+
+def test_more_messages_than_go_in_one_turn_are_not_forgotten(epoll: select.epoll) -> None:
+    out = Out(TYPE_SEQPACKET)
+    theirs = connect(out, epoll, socket.SOCK_SEQPACKET)
+    for _ in range(150):
+        assert out.keep(b"x", SEQ_EOM) == 0
+    out.flush()
+    got = 0
+    while out.connection["watches_writable"]:
+        with suppress(BlockingIOError):
+            while theirs.recv(10) == b"x":
+                got += 1
+        ((_, events),) = epoll.poll(10)
+        assert events & select.EPOLLOUT
+        out.flush()
+    assert vsock_out.whole(out.connection) == 0
+    assert 0 < got < 150
+    assert sum(len(theirs.recv(10)) for _ in range(150 - got)) == 150 - got
+    os.close(int(out.connection["fd"]))
