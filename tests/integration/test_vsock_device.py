@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from back_end import PATIENCE
+from pyvhost.abi import virtio
 from pyvhost.abi import virtio_vsock as abi
-from pyvhost.driver.vsock import VsockDriver
+from pyvhost.driver.iommu import Iommu
+from pyvhost.driver.memory import MIB, GuestMemory
+from pyvhost.driver.vsock import FEATURES, VsockDriver
 from pyvhost.driver.vsock_packet import HEADER
 from pyvhost.driver.vsock_socket import VsockSocket
 from vsock_scene import CID, PairEnd, VsockScene
@@ -415,3 +418,36 @@ def test_messages_without_number_for_a_reader_who_comes_late(scene: VsockScene, 
     guest.wait_sent()
     for number in range(3000):
         assert end.theirs.recv(100) == b"%d" % number
+
+
+@pytest.mark.parametrize("by_page", [False, True])
+@pytest.mark.parametrize("type_", [STREAM, SEQPACKET])
+def test_behind_an_iommu(scene: VsockScene, type_: int, by_page: bool) -> None:
+    with GuestMemory(64 * MIB) as memory, scene.back_end.connect(0) as front:
+        iommu = Iommu(memory, by_page=by_page)
+        features = FEATURES | 1 << virtio.F_ACCESS_PLATFORM
+        with VsockDriver(front, memory, iommu=iommu, features=features, timeout=PATIENCE) as guest:
+            guest.start()
+            sock, end = scene.pair(guest, type=type_)
+            for number in range(60):
+                data = random.Random(number).randbytes(5000)
+                sock.send(data)
+                # Only a driver that waits answers what the device asks.
+                guest.wait_sent()
+                assert received(end.theirs, len(data)) == data
+                end.theirs.send(data)
+                assert sock.recv_exactly(len(data)) == data
+
+
+@pytest.mark.parametrize("type_", [STREAM, SEQPACKET])
+def test_chains_of_single_bytes_as_long_as_they_may_be(scene: VsockScene, type_: int) -> None:
+    with scene.guest(
+        ring_size=1024, rx_buffers=(1,) * 1024, rx_depth=1, tx_cut=lambda size: [1] * size, indirect=True
+    ) as guest:
+        sock, end = scene.pair(guest, type=type_)
+        data = random.Random(type_).randbytes(1024 - HEADER)
+        for _ in range(2):
+            sock.send(data)
+            assert received(end.theirs, len(data)) == data
+        end.theirs.send(data)
+        assert sock.recv_exactly(len(data)) == data
