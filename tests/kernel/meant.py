@@ -35,7 +35,18 @@ class Some(int):
         return 0
 
 
+class PerhapsMore(list[str]):
+    """Equal to these pages, and to these with the last one less: the worker spared two rings their kicks, or one."""
+
+    def __eq__(self, other: object) -> bool:
+        return other in (list(self), list(self[:-1]))
+
+    __hash__ = None
+
+
 ANY = Any()
+#: The transmit ring's flags are written if the port was at rest.
+RX_AND_PERHAPS_TX = PerhapsMore(["0x3f0000", "0x3f8000"])
 SOME = Some(1)
 _STOPPED: State = {"base": 0, "errs": 1, "used_flags": ANY}
 _MENDED: State = {"used_idx": 1, "calls": 1}
@@ -89,7 +100,7 @@ CHANGES: list[Change] = [
         "net/log/rx",
         {
             0: [["0x3f0000", "0x3f8000"], ANY],
-            1: [["0x3f0000"], ANY],
+            1: [RX_AND_PERHAPS_TX, ANY],
             3: [["0x180000", "0x181000", "0x190000", "0x191000", "0x3f0000"], ANY],
             4: [["0x1a0000", "0x3f0000"], ANY],
             5: [["0x3f8000"], ANY],
