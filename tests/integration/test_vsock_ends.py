@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import random
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -121,6 +124,14 @@ def all_to(sock: VsockSocket) -> str:
     return digest.hexdigest()
 
 
+def read_all(sock: VsockSocket, size: int) -> bytes:
+    """So many bytes, fewer at the end."""
+    data = b""
+    while len(data) < size and (more := sock.recv(size - len(data))):
+        data += more
+    return data
+
+
 # --- Unix sockets ------------------------------------------------------------------------------------------
 
 
@@ -177,6 +188,70 @@ def test_messages_both_ways(uds: Path, driver: VsockDriver) -> None:
                 for length in lengths:
                     ours.send(bytes(length))
                 assert receiving.result() == lengths
+
+
+def beyond(sock: socket.socket, data: bytes) -> int:
+    """Sends bytes with the only writing end of a pipe twice; the reading end, which hangs up when both are closed."""
+    reader, writer = os.pipe()
+    assert socket.send_fds(sock, [data], [writer, writer]) == len(data)
+    os.close(writer)
+    return reader
+
+
+def closed(reader: int) -> bool:
+    """Whether nobody has the writing end any more, in a while at most."""
+    poll = select.poll()
+    poll.register(reader, 0)
+    found = poll.poll(1000 * PATIENCE)
+    os.close(reader)
+    return bool(found)
+
+
+@pytest.mark.parametrize("suffix", ["", ".seqpacket"])
+def test_descriptors_are_closed_and_the_bytes_they_came_with_arrive(
+    uds: Path, driver: VsockDriver, suffix: str
+) -> None:
+    """All is sent before anything is read: nothing that comes later wakes the loop."""
+    kind = socket.SOCK_SEQPACKET if suffix else socket.SOCK_STREAM
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        sock.connect(f"{uds}{suffix}")
+        listener = driver.listen(1234, type=SEQPACKET if suffix else STREAM)
+        pieces = [b"%d:" % number * (1 + number) for number in range(12)]
+        line = [b"CONNECT 1234\n"] if suffix else [b"CONN", b"ECT 1234\nthen "]
+        readers = [beyond(sock, piece) for piece in line]
+        for number, piece in enumerate(pieces):
+            if number % 3:
+                readers.append(beyond(sock, piece))
+            else:
+                sock.send(piece)
+        accepted = listener.accept()
+        if suffix:
+            assert [accepted.recv_message().data for _ in pieces] == pieces  # type: ignore[union-attr]
+        else:
+            wanted = b"then " + b"".join(pieces)
+            assert read_all(accepted, len(wanted)) == wanted
+        for reader in readers:
+            assert closed(reader)
+
+
+def test_urgent_bytes_stop_nobody(uds: Path, driver: VsockDriver) -> None:
+    """They are not in the stream, as anywhere; a read ends where they stood."""
+    with dial(uds, 1234) as sock:
+        listener = driver.listen(1234)
+        sock.send(b"one, ")
+        try:
+            sock.send(b"!", socket.MSG_OOB)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            pytest.skip("this kernel's Unix sockets know no urgent bytes")
+        sock.send(b"two, ")
+        accepted = listener.accept()
+        assert read_all(accepted, 10) == b"one, two, "
+        sock.send(b"three, ")
+        sock.send(b"!", socket.MSG_OOB)
+        sock.send(b"four")
+        assert read_all(accepted, 11) == b"three, four"
 
 
 def test_hundreds_of_clients_at_once(uds: Path, driver: VsockDriver) -> None:

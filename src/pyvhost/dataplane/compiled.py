@@ -167,6 +167,7 @@ _clock_gettime = _external("clock_gettime", types.int32, types.int64, result=typ
 _read = _external("read", types.int32, types.int64, types.int64)
 _write = _external("write", types.int32, types.int64, types.int64)
 _readv = _external("readv", types.int32, types.int64, types.int32)
+_recvmsg = _external("recvmsg", types.int32, types.int64, types.int32)
 _writev = _external("writev", types.int32, types.int64, types.int32)
 _send = _external("send", types.int32, types.int64, types.int64, types.int32)
 _eventfd_write = _external("eventfd_write", types.int32, types.int64, result=types.int32)
@@ -232,6 +233,13 @@ def sys_write(fd: int, address: int, length: int) -> int:
 def sys_readv(fd: int, iov: int, count: int) -> int:
     """readv(2); `iov`: address of `count` struct iovec; -errno on failure."""
     done = _readv(fd, iov, count)
+    return done if done >= 0 else -errno()
+
+
+@inline
+def sys_recvmsg(fd: int, message: int) -> int:
+    """recvmsg(2) by the struct msghdr at `message`; -errno on failure."""
+    done = _recvmsg(fd, message, 0)
     return done if done >= 0 else -errno()
 
 

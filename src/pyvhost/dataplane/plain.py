@@ -134,6 +134,10 @@ def sys_readv(fd: int, iov: int, count: int) -> int:
     return _result(_libc.readv(int(fd), ctypes.c_void_p(int(iov)), int(count)))
 
 
+def sys_recvmsg(fd: int, message: int) -> int:
+    return _result(_libc.recvmsg(int(fd), ctypes.c_void_p(int(message)), 0))
+
+
 def sys_writev(fd: int, iov: int, count: int) -> int:
     return _result(_libc.writev(int(fd), ctypes.c_void_p(int(iov)), int(count)))
 

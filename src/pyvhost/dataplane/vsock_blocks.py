@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from pyvhost.abi.virtio_vsock import VsockHdr
-from pyvhost.dataplane.blocks import SCRATCH_IOV, int64s
+from pyvhost.dataplane.blocks import SCRATCH_IOV, SCRATCH_WORDS, int64s
 
 #: Bytes before every packet.
 HEADER: Final = 44
@@ -93,9 +93,10 @@ CONNECTION: Final = int64s(
     "peer_buf_alloc",
     "peer_fwd_cnt",
     "tx_cnt",
-    # Whether the other end may have something, whether it has hung up (GONE: both ways), whether that was told
-    # (nothing more is read), and whether the guest takes nothing more.
+    # Whether the other end may have something, whether reads of it end early (at an urgent byte), whether it has hung
+    # up (GONE: both ways), whether that was told (nothing more is read), and whether the guest takes nothing more.
     "readable",
+    "urgent",
     "hung_up",
     "ended",
     "hushed",
@@ -181,6 +182,13 @@ MAX_CONNECTIONS: Final = 16384
 #: A worker's scratch memory, before what the net loop builds there: a header read, one written.
 SCRATCH_READ: Final = 64
 SCRATCH_WRITTEN: Final = 128
-assert SCRATCH_WRITTEN + 64 <= SCRATCH_IOV
+assert SCRATCH_WRITTEN + 64 <= SCRATCH_WORDS
+#: And a struct msghdr, behind what lies in SCRATCH_WORDS.
+SCRATCH_MESSAGE: Final = SCRATCH_WORDS + 64
+MESSAGE_IOV: Final = 16
+MESSAGE_IOV_COUNT: Final = 24
+MESSAGE_FLAGS: Final = 48
+MESSAGE_BYTES: Final = 56
+assert SCRATCH_MESSAGE + MESSAGE_BYTES <= SCRATCH_IOV
 #: The most that a connection gets in its turn, and the longest packet (as Linux's VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
 QUANTUM: Final = 65536

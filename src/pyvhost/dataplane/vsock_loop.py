@@ -68,12 +68,14 @@ from pyvhost.dataplane.vsock_blocks import (
     TODO_CLOSED,
 )
 from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush, give_up
-from pyvhost.dataplane.vsock_receive import end, offer, put_header, put_packet, receive
+from pyvhost.dataplane.vsock_packets import end, offer, put_header, put_packet
+from pyvhost.dataplane.vsock_receive import receive
 from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
 from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_header
 
 _EPOLLIN_OR_HUP: Final = 0x1 | 0x8 | 0x10 | 0x2000
 _EPOLLHUP: Final = 0x8 | 0x10 | 0x2000
+_EPOLLPRI: Final = 0x2
 _EPOLLOUT: Final = 0x4
 #: EPOLLHUP or EPOLLERR: the other side has closed, and not only shut down its sending one.
 _GONE: Final = 0x18
@@ -237,6 +239,8 @@ def _happened(
         return
     if what & _EPOLLIN_OR_HUP:
         connection["readable"] = 1 - connection["ended"]
+    if what & _EPOLLPRI:
+        connection["urgent"] = 1
     if what & _EPOLLHUP:
         connection["hung_up"] = GONE if what & _GONE else 1
     if what & (_EPOLLOUT | _EPOLLHUP):

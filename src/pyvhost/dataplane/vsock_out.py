@@ -35,7 +35,7 @@ from pyvhost.dataplane.vsock_blocks import (
 )
 from pyvhost.dataplane.vsock_wire import WORD, tell
 
-_EPOLL_IN_AND_HUP: Final = 0x2001
+_EPOLL_IN_PRI_HUP: Final = 0x2003
 _EPOLL_OUT: Final = 0x4
 _EPOLL_EDGE: Final = 1 << 31
 #: Messages that go on in one turn.
@@ -134,7 +134,7 @@ def watch_writable(worker: Record, connection: Record, slot: int, wanted: int) -
         return
     connection["watches_writable"] = wanted
     event = worker["scratch"] + SCRATCH_WORDS
-    store32(event, _EPOLL_IN_AND_HUP | _EPOLL_EDGE | (_EPOLL_OUT if wanted else 0))
+    store32(event, _EPOLL_IN_PRI_HUP | _EPOLL_EDGE | (_EPOLL_OUT if wanted else 0))
     store32(event + 4, slot)
     store32(event + 8, EVENT_CONNECTION)
     sys_epoll_modify(worker["epoll"], connection["fd"], event)

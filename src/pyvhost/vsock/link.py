@@ -48,6 +48,8 @@ _RECORDS: Final = 2 * layout.RECORD
 #: How long a command waits when the queue is full, seconds.
 _AGAIN: Final = 0.005
 _WORD: Final = 0xFFFFFFFF
+#: What the loop hears of a socket; PRI: there is an urgent byte.
+_WATCHED: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
 
 _VIOLATIONS: Final = {
     layout.VIOLATED_CREDIT: "more data than it was granted",
@@ -195,9 +197,7 @@ class Link:
         record = self.worker.connections[slot]
         if record["fd"] >= 0:
             try:
-                self.worker.watch(
-                    int(record["fd"]), select.EPOLLIN | select.EPOLLRDHUP, layout.EVENT_CONNECTION, slot
-                )
+                self.worker.watch(int(record["fd"]), _WATCHED, layout.EVENT_CONNECTION, slot)
             except OSError as error:
                 code = error.errno or 0
                 self._poller.call_soon_threadsafe(lambda: self._told().failed(slot, code))
