@@ -284,8 +284,9 @@ def _put_on_top(number: int, kind: int) -> None:
 def install(*, lent: bool = False) -> int:
     """Installs the handler for the whole process and returns its eventfd, readable when a mapping was lost.
 
-    The eventfd (non-blocking) counts losses; whoever reads it asks `lost` of its slots. Calling again returns
-    the same one, and puts the handler back on top if somebody else's (``faulthandler.enable()``) covers it.
+    The eventfd (non-blocking) counts losses; whoever waits for it, edge by edge, asks `lost` of its slots. Nobody
+    reads it: others wait for the same news. Calling again returns the same one, and puts the handler back on top
+    if somebody else's (``faulthandler.enable()``) covers it.
     `lent`: for SIGSEGV as well, so that memory of this process's own may be lent; any thread.
     Needs: a seccomp filter that allows mmap, munmap, write, rt_sigaction, rt_sigreturn, getpid, gettid and
     tgkill. Errors: OSError.

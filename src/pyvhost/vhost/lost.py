@@ -1,6 +1,7 @@
 """Hearing of memory that its owner took away: from the SIGBUS handler's eventfd to the devices that it concerns.
 
-Promises: a device whose memory is gone hears of it on the control thread, whoever touched it.
+Promises: a device whose memory is gone hears of it on its own control thread, whoever touched it and
+however many control threads there are.
 Never: decides what becomes of the front end.
 """
 
@@ -12,7 +13,6 @@ from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from pyvhost.dataplane import guard
-from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 
 
@@ -38,10 +38,10 @@ def watch(poller: Poller, device: Loser) -> None:
         known = devices
 
         def told(mask: int) -> None:
-            eventfd.drain(event)
             for loser in [loser for loser in known if loser.lost_memory]:
                 if loser.memory_lost is not None:
                     loser.memory_lost()
 
-        poller.register(event, select.EPOLLIN, told)
+        # The handler's one eventfd is every poller's: none reads it, which would take the news from the others.
+        poller.register(event, select.EPOLLIN | select.EPOLLET, told)
     devices.add(device)
