@@ -18,6 +18,7 @@ from back_end import PATIENCE, BackEnd
 from in_process import FrontEnd, served
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_net as abi
+from pyvhost.driver.device_driver import DeviceDriver
 from pyvhost.driver.dirty_log import LOG_PAGE
 from pyvhost.driver.memory import MIB, GuestMemory, Span
 from pyvhost.driver.net import NetDriver
@@ -114,7 +115,7 @@ def pages(address: int, length: int) -> set[int]:
     return set(range(address // LOG_PAGE, (address + length - 1) // LOG_PAGE + 1))
 
 
-def used_pages(driver: NetDriver, *indices: int) -> set[int]:
+def used_pages(driver: DeviceDriver, *indices: int) -> set[int]:
     """The pages of the rings' used parts."""
     return {driver.queues[index].ring.layout.used // LOG_PAGE for index in indices}
 
