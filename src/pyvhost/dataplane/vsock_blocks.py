@@ -45,6 +45,9 @@ GUEST: Final = int64s(
     "todo_mask",
     "todo_kept",
     "python_fd",
+    # What was asked for and waits for the guest's buffers: packets, and what begins behind them.
+    "packets",
+    "packets_mask",
     # Whether Python was told something in this turn.
     "news",
     # Connections that have something for the guest, in turn (-1: none); whether its receive ring had no buffer.
@@ -93,6 +96,8 @@ CONNECTION: Final = int64s(
     "peer_buf_alloc",
     "peer_fwd_cnt",
     "tx_cnt",
+    # Whether the guest has made its room smaller than it once was.
+    "shrunk",
     # Whether the other end may have something, whether reads of it end early (at an urgent byte), whether it has hung
     # up (GONE: both ways), whether that was told (nothing more is read), and whether the guest takes nothing more.
     "readable",
@@ -126,7 +131,7 @@ GONE: Final = 2
 QUEUE_PUT: Final = 0
 QUEUE_TAKEN: Final = 64
 QUEUE_ENTRIES: Final = 128
-#: An entry: its kind, the connection (-1: none), then six words.
+#: An entry: its kind, the connection (-1: none), then six words; of a command the last one is a serial number.
 ENTRY_BYTES: Final = 64
 ENTRY_KIND: Final = 0
 ENTRY_SLOT: Final = 8
@@ -138,20 +143,21 @@ ENTRY_PEER_CID: Final = 32
 ENTRY_PEER_PORT: Final = 40
 ENTRY_OP: Final = 48
 ENTRY_FLAGS: Final = 56
+ENTRY_SERIAL: Final = 56
 
-#: Python to loop. `OPEN`: it is in the table from now on; `SEND`: a packet without data (A: op, B: flags); `RESET`:
-#: RST for a key that nobody knows; `START`: data may flow; `DRAIN`: tell when `out` is empty; `HUSH`: the guest takes
-#: nothing more; `MESSAGE`: an empty message, and go on reading; `JOIN`: A is the other end, if it has serial number B
-#: still; `CLOSE`.
+#: Python to loop. `OPEN`: it is in the table from now on; `SEND`: a packet without data: its key, and op (above it:
+#: flags); `START`: data may flow; `DRAIN`: tell when `out` is empty; `HUSH`: the guest takes nothing more; `MESSAGE`:
+#: an empty message, and go on reading; `JOIN`: A is the other end, if it has serial number B still; `CLOSE`. SEND,
+#: START and MESSAGE may have to wait until the guest has a buffer, and CLOSE does not wait for them: they come with
+#: the connection's serial number.
 CMD_OPEN: Final = 1
 CMD_SEND: Final = 2
-CMD_RESET: Final = 3
-CMD_START: Final = 4
-CMD_DRAIN: Final = 5
-CMD_HUSH: Final = 6
-CMD_MESSAGE: Final = 7
-CMD_JOIN: Final = 8
-CMD_CLOSE: Final = 9
+CMD_START: Final = 3
+CMD_DRAIN: Final = 4
+CMD_HUSH: Final = 5
+CMD_MESSAGE: Final = 6
+CMD_JOIN: Final = 7
+CMD_CLOSE: Final = 8
 
 #: Loop to Python. `PACKET`: one that is not the loop's, its key, op (above it: buf_alloc) and flags (fwd_cnt); `EOF`,
 #: `FAILED` (A: errno): of the other end; `VIOLATED` (A: one of the below); `DRAINED`; `CLOSED`: it is Python's again.
@@ -176,8 +182,10 @@ RECORD: Final = 8
 #: Epoll's kind of event for a connection (`blocks.EVENT_*` has the others).
 EVENT_CONNECTION: Final = 3
 
-#: Connections of a worker.
-MAX_CONNECTIONS: Final = 16384
+#: Connections of a worker, and of a guest, which has a place for each of its own from the beginning. What nobody uses
+#: of the worker's array has no memory.
+MAX_CONNECTIONS: Final = 1 << 18
+MAX_OF_GUEST: Final = 1 << 14
 
 #: A worker's scratch memory, before what the net loop builds there: a header read, one written.
 SCRATCH_READ: Final = 64

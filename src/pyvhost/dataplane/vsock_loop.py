@@ -4,7 +4,8 @@ A turn of a guest does what Python wants, takes a batch of what the guest has se
 there is for it. Then the loop sleeps in epoll, which wakes it for kicks, for Python, and for sockets.
 
 Promises: a turn gives each guest at most one batch each way; a request to stop is seen once a turn; Python's commands
-are done in their order. Never: returns without a reason (`REASON_*`).
+are done in their order; packets, and what begins behind them, wait for the guest's buffers in theirs, and nothing
+else waits for a guest. Never: returns without a reason (`REASON_*`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import errno as codes
 from typing import Final
 
-from pyvhost.abi.virtio_vsock import OP_RST, OP_RW, SEQ_EOM, TYPE_SEQPACKET
+from pyvhost.abi.virtio_vsock import OP_RW, SEQ_EOM, TYPE_SEQPACKET
 from pyvhost.dataplane.access import (
     clock_ns,
+    copy,
     load32,
     load64,
     load64_acquire,
@@ -38,7 +40,7 @@ from pyvhost.dataplane.blocks import (
     Record,
     Records,
 )
-from pyvhost.dataplane.policy import kernel
+from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.split_ring import count, publish
 from pyvhost.dataplane.vsock_blocks import (
     CMD_CLOSE,
@@ -47,7 +49,6 @@ from pyvhost.dataplane.vsock_blocks import (
     CMD_JOIN,
     CMD_MESSAGE,
     CMD_OPEN,
-    CMD_RESET,
     CMD_SEND,
     CMD_START,
     ENTRY_A,
@@ -55,8 +56,10 @@ from pyvhost.dataplane.vsock_blocks import (
     ENTRY_BYTES,
     ENTRY_GUEST_PORT,
     ENTRY_KIND,
+    ENTRY_OP,
     ENTRY_PEER_CID,
     ENTRY_PEER_PORT,
+    ENTRY_SERIAL,
     ENTRY_SLOT,
     ENTRY_TYPE,
     EVENT_CONNECTION,
@@ -71,7 +74,7 @@ from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush, give_u
 from pyvhost.dataplane.vsock_packets import end, offer, put_header, put_packet
 from pyvhost.dataplane.vsock_receive import receive
 from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
-from pyvhost.dataplane.vsock_wire import insert, remove, speak, tell, write_header
+from pyvhost.dataplane.vsock_wire import WORD, insert, remove, speak, tell, write_header
 
 _EPOLLIN_OR_HUP: Final = 0x1 | 0x8 | 0x10 | 0x2000
 _EPOLLHUP: Final = 0x8 | 0x10 | 0x2000
@@ -134,59 +137,119 @@ def _put(
 ) -> bool:
     """Puts a packet of Python's into the receive ring; False: there is no buffer."""
     guest = guests[index]
-    if offer(worker, rings, guests, index, 1) == 0:
+    if not rings[guest["rx"]]["running"] or offer(worker, rings, guests, index, 1) == 0:
         return False
     ring = rings[guest["rx"]]
-    kind = load64(entry + ENTRY_KIND)
     slot = load64(entry + ENTRY_SLOT)
     count(ring["row"], C_PACKETS, 1)
-    if kind == CMD_SEND:
-        op = load64(entry + ENTRY_A)
-        put_packet(worker, guest, ring, connections, 0, slot, op, 0, load64(entry + ENTRY_B))
-    elif kind == CMD_MESSAGE:
+    if load64(entry + ENTRY_KIND) == CMD_MESSAGE:
         put_packet(worker, guest, ring, connections, 0, slot, OP_RW, 0, SEQ_EOM)
         connections[slot]["ended"] = 0
         connections[slot]["readable"] = 1
         enqueue(guest, connections, slot)
-    else:
-        header = worker["scratch"] + SCRATCH_WRITTEN
-        write_header(
-            header,
-            guest["cid"],
-            load64(entry + ENTRY_PEER_CID),
-            load64(entry + ENTRY_PEER_PORT),
-            load64(entry + ENTRY_GUEST_PORT),
-            load64(entry + ENTRY_TYPE),
-            OP_RST,
-            0,
-            0,
-        )
-        store64(header + 36, 0)
-        put_header(ring, worker["rx_batch"], header, 0)
+        return True
+    op = load64(entry + ENTRY_OP) & WORD
+    flags = load64(entry + ENTRY_OP) >> 32
+    if _there(connections, entry):
+        put_packet(worker, guest, ring, connections, 0, slot, op, 0, flags)
+        return True
+    header = worker["scratch"] + SCRATCH_WRITTEN
+    write_header(
+        header,
+        guest["cid"],
+        load64(entry + ENTRY_PEER_CID),
+        load64(entry + ENTRY_PEER_PORT),
+        load64(entry + ENTRY_GUEST_PORT),
+        load64(entry + ENTRY_TYPE),
+        op,
+        0,
+        flags,
+    )
+    # It has no room any more.
+    store64(header + 36, 0)
+    put_header(ring, worker["rx_batch"], header, 0)
+    return True
+
+
+@inline
+def _there(connections: Records, entry: int) -> bool:
+    """Whether the connection that a command is about is still there."""
+    slot = load64(entry + ENTRY_SLOT)
+    if slot < 0:
+        return False
+    return connections[slot]["open"] != 0 and connections[slot]["serial"] == load64(entry + ENTRY_SERIAL)
+
+
+@kernel
+def _in_turn(
+    worker: Record, rings: Records, guests: Records, connections: Records, index: int, entry: int
+) -> bool:
+    """Does what may have to wait for a buffer; False: there is none."""
+    kind = load64(entry + ENTRY_KIND)
+    if kind == CMD_SEND or (kind == CMD_MESSAGE and _there(connections, entry)):
+        return _put(worker, rings, guests, connections, index, entry)
+    if kind == CMD_START and _there(connections, entry):
+        _start(worker, rings, guests, connections, load64(entry + ENTRY_SLOT))
+    return True
+
+
+@inline
+def _waits(guest: Record) -> bool:
+    """Whether something waits for the guest's buffers already."""
+    return load64(guest["packets"] + QUEUE_PUT) != load64(guest["packets"] + QUEUE_TAKEN)
+
+
+@kernel
+def _set_aside(guest: Record, entry: int) -> bool:
+    """Lets a command wait, behind those that do; False: there are more than there can be (`Link`)."""
+    queue = guest["packets"]
+    put = load64(queue + QUEUE_PUT)
+    if put - load64(queue + QUEUE_TAKEN) > guest["packets_mask"]:
+        return False
+    copy(queue + QUEUE_ENTRIES + (put & guest["packets_mask"]) * ENTRY_BYTES, entry, ENTRY_BYTES)
+    # Python reads both numbers.
+    store64_release(queue + QUEUE_PUT, put + 1)
     return True
 
 
 @kernel
-def obey(worker: Record, rings: Records, guests: Records, connections: Records, index: int) -> int:
-    """Does what Python wants of a guest's connections, in order, as far as the guest's buffers go; how much."""
+def _catch_up(worker: Record, rings: Records, guests: Records, connections: Records, index: int) -> int:
+    """Does what has waited for the guest's buffers, as far as they go; how much."""
     guest = guests[index]
+    queue = guest["packets"]
+    taken = load64(queue + QUEUE_TAKEN)
+    first = taken
+    while _waits(guest):
+        entry = queue + QUEUE_ENTRIES + (taken & guest["packets_mask"]) * ENTRY_BYTES
+        if not _in_turn(worker, rings, guests, connections, index, entry):
+            break
+        taken += 1
+        store64_release(queue + QUEUE_TAKEN, taken)
+    return taken - first
+
+
+@kernel
+def obey(worker: Record, rings: Records, guests: Records, connections: Records, index: int) -> int:
+    """Does what Python wants of a guest's connections, packets as far as the guest's buffers go; how much."""
+    guest = guests[index]
+    done = _catch_up(worker, rings, guests, connections, index)
     queue = guest["commands"]
     taken = load64(queue + QUEUE_TAKEN)
     # Pairs with Python's release store of the number, behind the entries.
     put = load64_acquire(queue + QUEUE_PUT)
-    first = taken
     rx = guest["rx"]
     while taken < put:
         entry = queue + QUEUE_ENTRIES + (taken & guest["commands_mask"]) * ENTRY_BYTES
         kind = load64(entry + ENTRY_KIND)
         slot = load64(entry + ENTRY_SLOT)
-        if kind in (CMD_SEND, CMD_RESET, CMD_MESSAGE):
-            if not rings[rx]["running"] or not _put(worker, rings, guests, connections, index, entry):
+        if kind in (CMD_SEND, CMD_MESSAGE, CMD_START):
+            # No data before RESPONSE: START waits for what waits.
+            if (
+                _waits(guest) or not _in_turn(worker, rings, guests, connections, index, entry)
+            ) and not _set_aside(guest, entry):
                 break
         elif kind == CMD_OPEN:
             insert(guest, connections, slot)
-        elif kind == CMD_START:
-            _start(worker, rings, guests, connections, slot)
         elif kind == CMD_DRAIN:
             connections[slot]["drain"] = 1
             drained(guest, connections[slot], slot)
@@ -208,11 +271,12 @@ def obey(worker: Record, rings: Records, guests: Records, connections: Records, 
         elif kind == CMD_CLOSE:
             _close(worker, guest, connections, slot)
         taken += 1
+        done += 1
         # Pairs with Python's acquire load before it uses the entry again.
         store64_release(queue + QUEUE_TAKEN, taken)
-    if taken != first and rx >= 0 and rings[rx]["located"]:
+    if done and rx >= 0 and rings[rx]["located"]:
         publish(rings[rx])
-    return taken - first
+    return done
 
 
 @kernel

@@ -2,9 +2,9 @@
 
 Connections that have something stand in the guest's ready list and get their turns one after the other.
 
-Promises: a guest is sent no more than it has granted; a STREAM socket is read straight into the guest's buffers, in
-turns that none can prolong; descriptors that come with a socket's bytes are closed unseen. Never: reads what has no
-buffer to go to.
+Promises: a guest is sent no more than it has granted; a message that it has made too little room for ends its
+connection; a STREAM socket is read straight into the guest's buffers, in turns that none can prolong; descriptors
+that come with a socket's bytes are closed unseen. Never: reads what has no buffer to go to.
 """
 
 from __future__ import annotations
@@ -257,6 +257,23 @@ def _empty_message(connections: Records, slot: int) -> bool:
 
 
 @kernel
+def _too_long(connections: Records, slot: int) -> bool:
+    """Whether the guest has less room in all than its next message needs."""
+    connection = connections[slot]
+    if connection["type"] != TYPE_SEQPACKET or not connection["started"] or connection["hushed"]:
+        return False
+    room = connection["peer_buf_alloc"]
+    if connection["other"] < 0:
+        return connection["message_bytes"] > room
+    sender = connections[connection["other"]]
+    if whole(sender) > 0:
+        return record_bytes(sender) > room
+    # Of one that is not whole yet there is more to come, and its sender may send no more than this guest takes.
+    unfinished = sender["out_put"] - sender["out_open"] - RECORD
+    return connection["shrunk"] != 0 and sender["out_open"] >= 0 and unfinished >= room
+
+
+@kernel
 def _turn(
     worker: Record, rings: Records, guests: Records, connections: Records, index: int, slot: int
 ) -> int:
@@ -264,6 +281,10 @@ def _turn(
     connection = connections[slot]
     if not connection["open"]:
         return _DONE
+    if _too_long(connections, slot):
+        connection["message_bytes"] = 0
+        connection["hushed"] = 1
+        end(guests[index], connections, slot, codes.EMSGSIZE)
     if _waiting(connections, slot):
         if credit(connection) > 0 or _empty_message(connections, slot):
             if connection["other"] >= 0:

@@ -49,7 +49,7 @@ from pyvhost.dataplane.vsock_blocks import (
     VIOLATED_CREDIT,
     VIOLATED_LENGTH,
 )
-from pyvhost.dataplane.vsock_out import enqueue, flush, gone, keep, owe, send, under_way, whole
+from pyvhost.dataplane.vsock_out import enqueue, flush, gone, keep, owe, send, under_way
 from pyvhost.dataplane.vsock_wire import (
     WORD,
     find,
@@ -143,11 +143,15 @@ def _heard(
         # A sibling may not send longer messages than this guest takes.
         connections[other]["credit_due"] = 1
         wake(worker, rings, guests, connections, other)
+    if alloc < connection["peer_buf_alloc"]:
+        connection["shrunk"] = 1
     connection["peer_buf_alloc"] = alloc
     connection["peer_fwd_cnt"] = forwarded
     connection["credit_asked"] = 0
     if connection["started"] and (
-        connection["readable"] or connection["message_bytes"] or (other >= 0 and whole(connections[other]))
+        connection["readable"]
+        or connection["message_bytes"]
+        or (other >= 0 and connections[other]["out_put"] != connections[other]["out_taken"])
     ):
         wake(worker, rings, guests, connections, slot)
 

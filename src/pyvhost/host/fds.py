@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import resource
 import socket
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -73,6 +74,19 @@ def close(fd: int) -> None:
             os.close(fd)
         except OSError:
             pass
+
+
+def room_for(number: int) -> int:
+    """How many descriptors this process may have, after its limit was raised to `number` as far as that goes.
+
+    What is raised is the soft limit of RLIMIT_NOFILE, up to the hard one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= number:
+        return number if soft == resource.RLIM_INFINITY else soft
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def close_all(fds: Iterable[int]) -> None:

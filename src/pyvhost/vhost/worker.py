@@ -11,6 +11,7 @@ Never: runs Python while a ring waits, but to tell of a fault.
 from __future__ import annotations
 
 import ctypes
+import heapq
 import itertools
 import logging
 import os
@@ -67,15 +68,14 @@ class Slots:
 
     def take(self) -> int:
         if self._free:
-            self._free.sort(reverse=True)
-            return self._free.pop()
+            return heapq.heappop(self._free)
         if self._next == self._capacity:
             raise RuntimeError(f"a worker has room for {self._capacity} {self._what}")
         self._next += 1
         return self._next - 1
 
     def give_back(self, index: int) -> None:
-        self._free.append(index)
+        heapq.heappush(self._free, index)
 
 
 class Worker:

@@ -5,7 +5,8 @@ other ends (`contract.End`) have the sockets; the clock is passed in.
 
 Promises: a connection ends once, and its end is closed after the data path has let go of it; what a guest sent before
 it shut down is delivered, however slow the reader; what waits for a guest waits no longer than its deadline; RST is
-never answered by RST; a guest has no more than `limit` connections, whatever it does.
+never answered by RST; a guest has no more than `limit` connections, whatever it does, of which siblings take half at
+most, and one of them no more than it leaves for others.
 Never: blocks, keeps a guest's bytes, or is put off by an end that raises.
 """
 
@@ -21,6 +22,7 @@ from typing import Final
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.vsock.connection import Connection, Request, State
 from pyvhost.vsock.contract import Carrier, End, Key
+from pyvhost.vsock.share import Asked
 
 __all__ = ["Connection", "Connections", "Request", "State"]
 
@@ -73,6 +75,8 @@ class Connections:
         self.resets = 0
         self.timeouts = 0
         self.violations = 0
+        #: Messages that the guest had too little room for.
+        self.too_long = 0
         self._clock = clock
         self._limit = limit
         self._connect_timeout = connect_timeout
@@ -80,6 +84,7 @@ class Connections:
         self._by_key: dict[Key, Connection] = {}
         self._by_slot: dict[int, Connection] = {}
         self._unanswered = 0
+        self._asked = Asked(limit)
         # One timeout each, so that what was put last is due last.
         self._until_answer: OrderedDict[Connection, float] = OrderedDict()
         self._until_reset: OrderedDict[Connection, float] = OrderedDict()
@@ -112,10 +117,11 @@ class Connections:
         if key in self._by_key:
             self._refuse_end(end, f"port {peer_port} is in use")
             return None
-        connection = self._open(key, State.CONNECTING)
+        connection = self._open(key, State.CONNECTING) if self._asked.may(peer_cid) else None
         if connection is None:
             self._refuse_end(end, "there are too many connections")
             return None
+        self._asked.add(peer_cid)
         connection.end = end
         self.carrier.send(connection.slot, abi.OP_REQUEST)
         self._expect(connection, self._until_answer, self._connect_timeout)
@@ -232,9 +238,13 @@ class Connections:
             return
         if code == errno.EPIPE:
             self.shut_down(connection, abi.SHUTDOWN_RCV)
+            return
+        if code == errno.EMSGSIZE and connection.state is State.OPEN:
+            self.too_long += 1
+            self._say(self.too_long, connection, "a message is longer than the guest has room for")
         else:
             _log.debug("%s: %r: %s", self.name, connection, os.strerror(code))
-            self.break_off(connection, os.strerror(code))
+        self.break_off(connection, os.strerror(code))
 
     def violated(self, slot: int, what: str) -> None:
         """The guest has broken the rules. It is said once until its next restart: it could fill a disk with it."""
@@ -242,10 +252,7 @@ class Connections:
         if connection is None or connection.state in (State.CLOSING, State.CLOSED):
             return
         self.violations += 1
-        key = connection.key
-        level = logging.WARNING if self.violations == 1 else logging.DEBUG
-        ports = f"guest port {key.guest_port} to port {key.peer_port} of CID {key.peer_cid}"
-        _log.log(level, "%s: %s: reset, as the guest sent %s", self.name, ports, what)
+        self._say(self.violations, connection, f"the guest sent {what}")
         self.break_off(connection, what)
 
     def drained(self, slot: int) -> None:
@@ -260,6 +267,8 @@ class Connections:
         connection = self._by_slot.pop(slot, None)
         if connection is None:
             return
+        if not connection.by_guest:
+            self._asked.remove(connection.key.peer_cid)
         connection.state = State.CLOSED
         end, connection.end = connection.end, None
         if end is not None:
@@ -293,7 +302,7 @@ class Connections:
 
         What it had sent before it shut down is still delivered.
         """
-        self.violations = 0
+        self.violations = self.too_long = 0
         for connection in list(self._by_slot.values()):
             if connection.state is State.OPEN and connection.guest_shut & abi.SHUTDOWN_SEND:
                 self._guest_resets(connection)
@@ -459,6 +468,13 @@ class Connections:
         waiting[connection] = self._clock() + seconds
         if len(waiting) == 1:
             self.on_timer()
+
+    def _say(self, number: int, connection: Connection, why: str) -> None:
+        """Why a connection is reset, in the log: the first time."""
+        key = connection.key
+        level = logging.WARNING if number == 1 else logging.DEBUG
+        ports = f"guest port {key.guest_port} to port {key.peer_port} of CID {key.peer_cid}"
+        _log.log(level, "%s: %s: reset, as %s", self.name, ports, why)
 
     def _refuse_end(self, end: End, reason: str) -> None:
         self.refused += 1

@@ -7,7 +7,8 @@ which are the other sides of its connections. The data path tells `Connections` 
 Promises, of the state machine: an end gets one of `refused` and `close`, once, as the last thing that is called; a
 slot gets one `close`, and nothing after it. Of a carrier: `Told.closed` comes once for each slot that was closed, at
 any time later, and is the last that is told of this slot until `open` has given it out again; what is asked of it is
-done in order. Never: has behaviour.
+done in order, but that packets, and a `start` behind them, may wait for the guest, and nothing else waits for them.
+Never: has behaviour.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Key(NamedTuple):
 
 
 class Carrier(Protocol):
-    """What the state machine asks of the data path. All of it is done in the order it was asked for."""
+    """What the state machine asks of the data path, in the order that the module says."""
 
     def open(self, key: Key) -> int | None:
         """A slot. The data path knows the connection from now on and carries no data yet; None: there is no room.
@@ -72,7 +73,10 @@ class Carrier(Protocol):
         ...
 
     def close(self, slot: int) -> None:
-        """Out of the table. What is buffered is dropped, packets that were asked for go; `Told.closed` follows."""
+        """Out of the table. What is buffered is dropped; `Told.closed` follows.
+
+        Packets that were asked for go, if need be later: before anything of another connection.
+        """
         ...
 
 

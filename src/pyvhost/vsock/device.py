@@ -19,6 +19,7 @@ from typing import ClassVar, Final
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.dataplane import blocks
+from pyvhost.dataplane.vsock_blocks import MAX_OF_GUEST
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.vhost.chains import BufferRing
 from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
@@ -32,7 +33,8 @@ from pyvhost.vsock.ends.siblings import SiblingEnds
 from pyvhost.vsock.ends.streams import StreamEnds
 from pyvhost.vsock.ends.unix import UnixEnds
 from pyvhost.vsock.link import Link
-from pyvhost.vsock.plane import LEAST, Plane
+from pyvhost.vsock.plane import Plane
+from pyvhost.vsock.share import LEAST
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ class VsockDevice(Device):
             check_cid(guest_cid)
         if buffer < LEAST or buffer & (buffer - 1):
             raise ValueError(f"buffer is {buffer}, expected a power of two from {LEAST} on")
-        if not 1 <= max_connections <= 16384:
-            raise ValueError(f"max_connections is {max_connections}, expected 1 to 16384")
+        if not 1 <= max_connections <= MAX_OF_GUEST:
+            raise ValueError(f"max_connections is {max_connections}, expected 1 to {MAX_OF_GUEST}")
         super().__init__(name or f"vsock {guest_cid}", self.rings, busyloop_timeout=busyloop_timeout)
         #: 0: nobody has said it yet.
         self.guest_cid = guest_cid or 0

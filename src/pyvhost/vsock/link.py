@@ -3,8 +3,9 @@
 Commands go to the loop, and what it has to tell comes back, through two queues in memory, each with a descriptor that
 wakes the other side.
 
-Promises: commands are done in their order; a connection's slot, buffers and descriptor are the loop's until `closed`
-has been told; the control thread deals with a bounded batch at a time.
+Promises: commands are done in their order; packets, and what begins behind them, wait for the guest's buffers, and
+are bounded in number; a connection's slot, buffers and descriptor are the loop's until `closed` has been told; the
+control thread deals with a bounded batch at a time; a guest's slots are its own.
 Never: decides what becomes of a connection.
 """
 
@@ -19,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from pyvhost.host.poller import Poller
 from pyvhost.vhost.worker import Int64s, WorkerPlace
 from pyvhost.vsock.contract import Carrier, Key
 from pyvhost.vsock.plane import Plane, VsockWorker
+from pyvhost.vsock.share import Share
 
 if TYPE_CHECKING:
     from pyvhost.vsock.connections import Connections
@@ -39,6 +41,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _COMMANDS: Final = 4096
+#: While so much waits to be done, and two for each connection that there may be, none is added, nor is RST for what
+#: is none: a guest that offers no buffers has it pile up.
+_WAITING: Final = 2 * _COMMANDS
+#: What a connection asks for at most that waits for a buffer: REQUEST or RESPONSE, what begins with it, an empty
+#: message, SHUTDOWN twice, RST.
+_OF_CONNECTION: Final = 6
 #: Packets that Python may be behind.
 _PACKETS: Final = 1024
 #: What is told in one go.
@@ -63,6 +71,40 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+class _Queue:
+    """A queue in memory, of `size` entries, a power of two (`layout.QUEUE_*`)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._memory = np.zeros((layout.QUEUE_ENTRIES + size * layout.ENTRY_BYTES) // 8, np.int64)
+        self.at = int(self._memory.ctypes.data)
+
+    @property
+    def put(self) -> int:
+        """How many were put in."""
+        # Pairs with the other side's release store, behind the entries.
+        return load64_acquire(self.at + layout.QUEUE_PUT)
+
+    @property
+    def taken(self) -> int:
+        """How many were taken out."""
+        # Pairs with the other side's release store, behind its last use of an entry.
+        return load64_acquire(self.at + layout.QUEUE_TAKEN)
+
+    def entry(self, number: int) -> int:
+        """Where an entry lies."""
+        return self.at + layout.QUEUE_ENTRIES + (number & self.size - 1) * layout.ENTRY_BYTES
+
+
+class _Held(NamedTuple):
+    """What the loop holds of a connection."""
+
+    key: Key
+    serial: int
+    memory: mmap.mmap
+    granted: int
+
+
 class Link:
     """One guest in a worker's loop. `limit`: connections at most; `buffer`: bytes that each may have under way."""
 
@@ -83,17 +125,21 @@ class Link:
         self._buffer = buffer
         self._poller = poller
         self._plane = Plane.get()
-        #: By slot: what the loop holds of a connection, and how much it was granted.
-        self._held: dict[int, tuple[mmap.mmap, int]] = {}
+        #: By slot.
+        self._held: dict[int, _Held] = {}
+        self._share = Share()
         self._backlog: deque[tuple[int, ...]] = deque()
         self._within = self._owed = False
         #: buf_alloc and fwd_cnt of the packet that is told: a REQUEST's are those of the connection that it opens.
         self._credit = 0, 0
         kept = layout.TOLD_AT_MOST * limit
         self._table = np.full(_power(2 * limit), -1, np.int64)
-        self._commands = np.zeros((layout.QUEUE_ENTRIES + _COMMANDS * layout.ENTRY_BYTES) // 8, np.int64)
-        self._todo_size = _power(kept + _PACKETS)
-        self._todo = np.zeros((layout.QUEUE_ENTRIES + self._todo_size * layout.ENTRY_BYTES) // 8, np.int64)
+        self._commands = _Queue(_COMMANDS)
+        self._most_waiting = _WAITING + 2 * limit
+        self._packets = _Queue(_power(self._most_waiting + _OF_CONNECTION * limit))
+        self._todo = _Queue(_power(kept + _PACKETS))
+        with worker.paused():
+            self._slots = worker.reserve(limit)[::-1]
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._python_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with worker.paused():
@@ -107,8 +153,12 @@ class Link:
             record["table"] = self._table.ctypes.data
             record["table_mask"] = len(self._table) - 1
             record["seed"] = secrets.randbits(62)
-            record["commands"], record["commands_mask"] = self._commands.ctypes.data, _COMMANDS - 1
-            record["todo"], record["todo_mask"] = self._todo.ctypes.data, self._todo_size - 1
+            for field, queue in (
+                ("commands", self._commands),
+                ("packets", self._packets),
+                ("todo", self._todo),
+            ):
+                record[field], record[f"{field}_mask"] = queue.at, queue.size - 1
             record["todo_kept"] = kept
             record["python_fd"] = self._python_fd
             record["ready_first"] = record["ready_last"] = -1
@@ -116,35 +166,33 @@ class Link:
         self._rings = rings
         self.places = [WorkerPlace(worker, self.port, ring) for ring in rings]
         poller.register(self._python_fd, select.EPOLLIN, lambda _events: self.serve(), inner=True)
+        self._plane.enter(self, name, limit)
 
     # --- contract.Carrier ---------------------------------------------------------------------------------
 
     def open(self, key: Key) -> int | None:
         """A slot for a connection, which the loop knows of from now on; None: there is no room."""
-        if len(self._held) >= self.limit:
+        if len(self._held) >= min(self.limit, self._plane.each) or self._behind():
             return None
-        try:
-            slot = self.worker.slots.take()
-        except RuntimeError:
-            return None
-        granted = self._plane.grant(self._buffer)
+        slot = self._slots.pop()
+        granted = self._share.grant(self._buffer, key.peer_cid)
         size, room = granted, 0
         if key.type == abi.TYPE_SEQPACKET:
             # A message of the host's, and one byte more than any that is taken: it shows what was cut off.
             size, room = granted * _RECORDS, self._buffer + 1
         try:
-            memory = mmap.mmap(-1, size + room)
+            memory = mmap.mmap(-1, size + room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             _log.error("%s: no memory for another connection: %s", self.name, error.strerror)
-            self._plane.give_back(granted)
-            self.worker.slots.give_back(slot)
+            self._share.give_back(granted, key.peer_cid)
+            self._slots.append(slot)
             return None
         out = _address(memory)
-        self._held[slot] = (memory, granted)
+        held = self._held[slot] = _Held(key, self._plane.serial(), memory, granted)
         self.worker.connections[slot] = np.zeros(1, layout.CONNECTION)[0]
         record = self.worker.connections[slot]
         for field, value in (
-            ("serial", self._plane.serial()),
+            ("serial", held.serial),
             ("guest", self.port),
             ("type", key.type),
             ("guest_port", key.guest_port),
@@ -183,14 +231,15 @@ class Link:
 
     def send(self, slot: int, op: int, flags: int = 0) -> None:
         """A packet without data."""
-        self._push(layout.CMD_SEND, slot, op, flags)
+        held = self._held[slot]
+        self._push(layout.CMD_SEND, slot, *held.key, op | flags << 32, held.serial)
 
     def reset(self, key: Key) -> None:
         """RST for a connection that nobody knows."""
-        if len(self._backlog) >= _COMMANDS:
+        if self._behind():
             # Who sends so much to nobody needs no answer to all of it.
             return
-        self._push(layout.CMD_RESET, -1, *key)
+        self._push(layout.CMD_SEND, -1, *key, abi.OP_RST)
 
     def start(self, slot: int) -> None:
         """Data may flow."""
@@ -202,7 +251,7 @@ class Link:
                 code = error.errno or 0
                 self._poller.call_soon_threadsafe(lambda: self._told().failed(slot, code))
                 return
-        self._push(layout.CMD_START, slot)
+        self._push_with_serial(layout.CMD_START, slot)
 
     def when_drained(self, slot: int) -> None:
         """Has `drained` told when all that the guest has sent so far has gone on."""
@@ -214,7 +263,7 @@ class Link:
 
     def message(self, slot: int) -> None:
         """An empty message, and reading goes on."""
-        self._push(layout.CMD_MESSAGE, slot)
+        self._push_with_serial(layout.CMD_MESSAGE, slot)
 
     def close(self, slot: int) -> None:
         """Takes a connection out; `closed` is told when the loop has let go of it."""
@@ -229,14 +278,14 @@ class Link:
 
     def forget_packets(self) -> None:
         """The driver is gone: packets that wait for its buffers are not wanted any more."""
-        unwanted = (layout.CMD_SEND, layout.CMD_RESET, layout.CMD_MESSAGE)
+        unwanted = (layout.CMD_SEND, layout.CMD_MESSAGE)
         self._backlog = deque(command for command in self._backlog if command[0] not in unwanted)
         with self.worker.paused():
-            queue = int(self._commands.ctypes.data)
-            for number in range(load64(queue + layout.QUEUE_TAKEN), load64(queue + layout.QUEUE_PUT)):
-                entry = queue + layout.QUEUE_ENTRIES + (number % _COMMANDS) * layout.ENTRY_BYTES
-                if load64(entry + layout.ENTRY_KIND) in unwanted:
-                    store64(entry + layout.ENTRY_KIND, 0)
+            for queue in (self._commands, self._packets):
+                for number in range(queue.taken, queue.put):
+                    kind = queue.entry(number) + layout.ENTRY_KIND
+                    if load64(kind) in unwanted:
+                        store64(kind, 0)
         self._ring()
 
     def set_cid(self, cid: int) -> None:
@@ -247,16 +296,14 @@ class Link:
     def serve(self) -> None:
         """Tells of what the loop has put; on the control thread."""
         eventfd.drain(self._python_fd)
-        queue = int(self._todo.ctypes.data)
-        taken = load64(queue + layout.QUEUE_TAKEN)
-        # Pairs with the loop's release store, behind the entries.
-        put = load64_acquire(queue + layout.QUEUE_PUT)
+        queue = self._todo
+        taken, put = queue.taken, queue.put
         full = put - taken > _PACKETS // 2
         with self._batch():
             for number in range(taken, min(put, taken + _BATCH)):
-                entry = queue + layout.QUEUE_ENTRIES + (number % self._todo_size) * layout.ENTRY_BYTES
+                entry = queue.entry(number)
                 words = [load64(entry + 8 * i) for i in range(layout.ENTRY_BYTES // 8)]
-                store64_release(queue + layout.QUEUE_TAKEN, number + 1)
+                store64_release(queue.at + layout.QUEUE_TAKEN, number + 1)
                 try:
                     self._tell(words)
                 except Exception:
@@ -297,6 +344,8 @@ class Link:
                     self.worker.connections[record["other"]]["other"] = -1
                 record["open"], record["other"] = 0, -1
                 self._let_go(slot)
+            self.worker.give_back(self._slots)
+        self._plane.leave(self)
         os.close(self._bell)
         os.close(self._python_fd)
 
@@ -335,10 +384,19 @@ class Link:
         if record["fd"] >= 0:
             self.worker.unwatch(int(record["fd"]), layout.EVENT_CONNECTION)
         record["fd"] = -1
-        memory, granted = self._held.pop(slot)
-        memory.close()
-        self._plane.give_back(granted)
-        self.worker.slots.give_back(slot)
+        held = self._held.pop(slot)
+        held.memory.close()
+        self._share.give_back(held.granted, held.key.peer_cid)
+        self._slots.append(slot)
+
+    def _behind(self) -> bool:
+        """Whether too much waits to be done."""
+        commands, packets = self._commands, self._packets
+        waits = len(self._backlog) + commands.put - commands.taken + packets.put - packets.taken
+        return waits >= self._most_waiting
+
+    def _push_with_serial(self, kind: int, slot: int) -> None:
+        self._push(kind, slot, 0, 0, 0, 0, 0, self._held[slot].serial)
 
     def _push(self, *command: int) -> None:
         self._backlog.append(command)
@@ -347,18 +405,17 @@ class Link:
             self._hand_on(command[0] != layout.CMD_OPEN)
 
     def _hand_on(self, at_once: bool = True) -> None:
-        queue = int(self._commands.ctypes.data)
-        put = load64(queue + layout.QUEUE_PUT)
-        # Pairs with the loop's release store, behind its last use of an entry.
-        room = _COMMANDS - (put - load64_acquire(queue + layout.QUEUE_TAKEN))
+        queue = self._commands
+        put = queue.put
+        room = queue.size - (put - queue.taken)
         while self._backlog and room:
-            entry = queue + layout.QUEUE_ENTRIES + (put % _COMMANDS) * layout.ENTRY_BYTES
+            entry = queue.entry(put)
             for i, word in enumerate(self._backlog.popleft()):
                 store64(entry + 8 * i, word)
             put += 1
             room -= 1
         # Pairs with the loop's acquire load of the number.
-        store64_release(queue + layout.QUEUE_PUT, put)
+        store64_release(queue.at + layout.QUEUE_PUT, put)
         if self._backlog:
             self._poller.call_later(_AGAIN, self._hand_on)
         if at_once:

@@ -1,12 +1,15 @@
-"""The vsock workers: threads in `vsock_loop`, the connections they carry, and how much memory these may take.
+"""The vsock workers: threads in `vsock_loop`, and the connections that they carry.
 
-Promises: what a guest may have under way is bounded for each connection, and for all together: who comes late is
-granted less. Never: knows what a packet says.
+Promises: a guest that is served has places for all the connections that it may have, and no other gets them; where
+the process can't have what all of these need, guests have equal shares. Never: knows what a packet says.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -15,12 +18,17 @@ from pyvhost.dataplane import blocks, inflight, policy, split_ring
 from pyvhost.dataplane import vsock_blocks as layout
 from pyvhost.dataplane.dirty_log import log_slot, log_used
 from pyvhost.dataplane.vsock_loop import vsock_loop
+from pyvhost.host import fds
 from pyvhost.vhost import counters
 from pyvhost.vhost.worker import Int64s, Slots, Worker, Workers
 
-#: What connections are granted at least, bytes, and all of them together before that is all they get.
-LEAST: Final = 16 << 10
-BUDGET: Final = 256 << 20
+_log = logging.getLogger(__name__)
+
+#: A connection takes a descriptor and a mapping. What a guest has of either besides: rings, its memory, clients that
+#: have not said whom they want; and what the process has.
+_OF_GUEST: Final = 640
+_FILES: Final = 256
+_MAPS: Final = 4096
 
 
 class VsockWorker(Worker):
@@ -28,7 +36,8 @@ class VsockWorker(Worker):
 
     def __init__(self, name: str, row: Int64s) -> None:
         self.connections: Any = np.zeros(layout.MAX_CONNECTIONS, layout.CONNECTION)
-        self.slots = Slots(layout.MAX_CONNECTIONS, "connections")
+        self._places = Slots(layout.MAX_CONNECTIONS, "connections")
+        self._reserved = 0
         super().__init__(
             lambda records, rings, guests: vsock_loop(records, rings, guests, self.connections),
             name,
@@ -36,9 +45,29 @@ class VsockWorker(Worker):
             layout.GUEST,
         )
 
+    def reserve(self, number: int) -> list[int]:
+        """Places in `connections` that are one guest's until they are given back; only while paused.
+
+        OSError ENOSPC: the worker's guests have all of them.
+        """
+        if self._reserved + number > layout.MAX_CONNECTIONS:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.name} has room for {layout.MAX_CONNECTIONS} connections: {self._reserved} are its guests' "
+                f"already, and {number} more are asked for",
+            )
+        self._reserved += number
+        return [self._places.take() for _ in range(number)]
+
+    def give_back(self, places: list[int]) -> None:
+        """The guest is gone; only while paused."""
+        self._reserved -= len(places)
+        for place in places:
+            self._places.give_back(place)
+
 
 class Plane:
-    """What the vsock devices of one process share: workers, counters, and memory for what is under way."""
+    """What the vsock devices of one process share: workers and counters."""
 
     _the: ClassVar[Plane | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -48,8 +77,10 @@ class Plane:
         self.workers: Workers[VsockWorker] = Workers(
             lambda name: VsockWorker(name, self.row(name, "worker", "-", "-")), "vsock", workers
         )
-        self._granted = 0
         self._serial = 0
+        #: How many connections each guest may have by its own limit, and by what this process may have.
+        self._limits: dict[object, int] = {}
+        self._each = layout.MAX_OF_GUEST
 
     @classmethod
     def get(cls) -> Plane:
@@ -93,15 +124,51 @@ class Plane:
             self._serial += 1
             return self._serial
 
-    def grant(self, wanted: int) -> int:
-        """How much a connection's guest may have under way, bytes: a power of two, less the more is granted."""
-        with self._lock:
-            share = max(LEAST, min(wanted, (BUDGET - self._granted) // 16))
-            share = 1 << (share.bit_length() - 1)
-            self._granted += share
-            return share
+    @property
+    def each(self) -> int:
+        """Connections that no guest may have more of, so that all may have as many."""
+        return self._each
 
-    def give_back(self, granted: int) -> None:
-        """A connection has ended."""
+    def enter(self, guest: object, name: str, limit: int) -> None:
+        """A guest is served from now on, which may have `limit` connections."""
         with self._lock:
-            self._granted -= granted
+            self._limits[guest] = limit
+            scarce = self._share_out()
+            if limit > self._each:
+                _log.warning(
+                    "%s: each of %d guests has %d connections at most, as this process may have %s",
+                    name,
+                    len(self._limits),
+                    self._each,
+                    scarce,
+                )
+
+    def leave(self, guest: object) -> None:
+        """It is not, any more."""
+        with self._lock:
+            del self._limits[guest]
+            self._share_out()
+
+    def _share_out(self) -> str:
+        """What there is least of, in words, if there is too little."""
+        self._each, scarce = layout.MAX_OF_GUEST, ""
+        guests = len(self._limits)
+        wanted = sum(self._limits.values()) + guests * _OF_GUEST
+        files = fds.room_for(wanted + _FILES)
+        for have, apart, what in (
+            (files, _FILES, f"{files} open files (ulimit -n)"),
+            (_most_maps(), _MAPS, f"{_most_maps()} mappings (vm.max_map_count)"),
+        ):
+            if guests and have < wanted + apart:
+                each = max(1, (have - apart) // guests - _OF_GUEST)
+                if each < self._each:
+                    self._each, scarce = each, what
+        return scarce
+
+
+def _most_maps() -> int:
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:
+        # Linux's own.
+        return 65530

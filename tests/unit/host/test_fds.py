@@ -108,3 +108,16 @@ def test_a_forgotten_one_is_closed_and_a_detached_one_is_not() -> None:
 def test_a_negative_number_is_nothing_to_own() -> None:
     with pytest.raises(OSError, match="no descriptor"):
         Fd(-1)
+
+
+def test_the_limit_is_raised_as_far_as_it_goes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+        assert fds.room_for(400) == 500
+        assert fds.room_for(600) == 600
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        if hard != resource.RLIM_INFINITY:
+            assert fds.room_for(hard + 1) == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
