@@ -28,6 +28,8 @@ from pyvhost.host import memfd
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
+#: What is allocated is rounded up to this, or to its alignment if that is less.
+_GRAIN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +228,15 @@ class GuestMemory:
         if size <= 0:
             raise GuestMemoryError(f"no room can have {size} bytes")
         mappings = self._mappings if region is None else [self._mappings[region]]
+        grain = min(align, _GRAIN)
         for mapping in mappings:
-            for start, length in mapping.free:
+            for at, (start, length) in enumerate(mapping.free):
                 address = -(-start // align) * align
                 if address + size <= start + length:
-                    self._take(mapping, address, size)
-                    self._taken[address] = size
+                    # Scraps too small for anybody would have to be passed by every search from now on.
+                    whole = min(-(-size // grain) * grain, start + length - address)
+                    self._cut(mapping, at, address, whole)
+                    self._taken[address] = whole
                     return address
         raise GuestMemoryError(
             f"no {size:#x} free bytes left in {'guest memory' if region is None else region}"
@@ -279,10 +284,16 @@ class GuestMemory:
     def _take(mapping: _Mapping, address: int, size: int) -> None:
         for at, (start, length) in enumerate(mapping.free):
             if start <= address and address + size <= start + length:
-                rest = [(start, address - start), (address + size, start + length - address - size)]
-                mapping.free[at : at + 1] = [piece for piece in rest if piece[1]]
+                GuestMemory._cut(mapping, at, address, size)
                 return
         raise GuestMemoryError(f"{size:#x} bytes at {address:#x} are not free")
+
+    @staticmethod
+    def _cut(mapping: _Mapping, at: int, address: int, size: int) -> None:
+        """Takes a part of the free piece number `at`."""
+        start, length = mapping.free[at]
+        rest = [(start, address - start), (address + size, start + length - address - size)]
+        mapping.free[at : at + 1] = [piece for piece in rest if piece[1]]
 
     @staticmethod
     def _give(mapping: _Mapping, address: int, size: int) -> None:
