@@ -1,6 +1,6 @@
-"""What runs in the kernel's lab: `python -m kernel.in_guest WHAT`, which prints its findings as JSON.
+"""What runs in the kernel's lab: `python -m kernel.in_guest WHAT [DEVICE]`, which prints its findings as JSON.
 
-ioctls      each recorded case and each twin of one, and in what the kernel answered otherwise
+ioctls      each recorded case of DEVICE (of net: and each twin of one), and in what the kernel answered otherwise
 datapath    each experiment's facts
 """
 
@@ -11,25 +11,33 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from kernel import driver_cases, experiment, receive, replay, transmit, transposed
+from kernel import driver_cases, experiment, receive, replay, target, transmit, transposed
 from kernel.bench import Fact
 from kernel.rests import kernel_rests
 from pyvhost.driver.vhost_ioctl import open_kernel
 
 #: They put their experiments on the list.
 EXPERIMENTS = (transmit, receive)
+#: The target that scsi's cases were recorded with.
+ENDPOINT = "naa.600140554cf3a18e"
 
 
-def ioctls() -> dict[str, list[list[object]]]:
+def ioctls(device: str) -> dict[str, list[list[object]]]:
     """By case: where the kernel answered otherwise, as step, answer, and both in words."""
-    cases = replay.cases("vhost-net") + transposed.for_net()
+    if device == "vhost-scsi":
+        target.set_up(ENDPOINT)
     return {
         case["case"]: [
             [found.number, found.got, str(found)]
-            for found in replay.replay(case, replay.KernelFile, kicked=kernel_rests)
+            for found in replay.replay(case, replay.KernelFile, kicked=kernel_rests, host=True)
         ]
-        for case in cases
+        for case in cases(device)
     }
+
+
+def cases(device: str) -> list[replay.Case]:
+    """What is asked of a device."""
+    return replay.cases(device) + (transposed.for_net() if device == "vhost-net" else [])
 
 
 def datapath() -> dict[str, list[Fact]]:
@@ -52,7 +60,7 @@ def driver() -> dict[str, str]:
     return found
 
 
-WHAT: dict[str, Callable[[], object]] = {"ioctls": ioctls, "datapath": datapath, "driver": driver}
+WHAT: dict[str, Callable[..., object]] = {"ioctls": ioctls, "datapath": datapath, "driver": driver}
 
 if __name__ == "__main__":
-    print(json.dumps(WHAT[sys.argv[1]]()))
+    print(json.dumps(WHAT[sys.argv[1]](*sys.argv[2:])))

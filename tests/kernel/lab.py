@@ -24,13 +24,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from kernel import target
 from pyvhost.cli.guests import Kernel, QemuGuest
 from pyvhost.cli.guests.initramfs import Initramfs
 
 TESTS = Path(__file__).resolve().parent.parent
 SOURCES = TESTS.parent / "src"
 DATA = TESTS / "kernel" / "recorded"
-MODULES = ("virtio_pci", "tun", "vhost_net", "vhost_vsock")
+MODULES = ("virtio_pci", "tun", "vhost_net", "vhost_vsock", *target.MODULES)
 
 # Run by the host's interpreter, without its site packages: imports what the guest will, and says where that was.
 _ASK = """

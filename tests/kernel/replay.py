@@ -24,6 +24,7 @@ import json
 import mmap
 import os
 import select
+import socket
 import struct
 import sys
 import threading
@@ -134,14 +135,15 @@ def replay(
     children: bool = True,
     patience: float = PATIENCE,
     kicked: Callable[[], None] = lambda: None,
+    host: bool = False,
 ) -> list[Difference]:
     """Does a case's steps in order; what came out otherwise.
 
     `children`: steps of a forked child are done by one; without, they are differences ("not done"). `patience`:
     how long what is recorded is waited for, in seconds. `kicked` is called after each kick: `kernel_rests`, so that
-    a kernel does not take the next one for the same.
+    a kernel does not take the next one for the same. `host`: steps that use the host's own AF_VSOCK are done, too.
     """
-    player = Player(case, open_device, children, patience, kicked)
+    player = Player(case, open_device, children, patience, kicked, host)
     try:
         return list(player.play())
     finally:
@@ -152,9 +154,16 @@ class Player:
     """One case on its way."""
 
     def __init__(
-        self, case: Case, open_device: Open, children: bool, patience: float, kicked: Callable[[], None]
+        self,
+        case: Case,
+        open_device: Open,
+        children: bool,
+        patience: float,
+        kicked: Callable[[], None],
+        host: bool,
     ) -> None:
         self.case = case
+        self._host = host
         self.patience = patience
         self._kicked = kicked
         self.scene = Scene()
@@ -370,6 +379,18 @@ class Player:
             return {"mode": oct(status.st_mode), **numbers}
         return None
 
+    def connect(self, step: Step) -> Any:
+        """A connection from the host's side."""
+        if not self._host:
+            return "not done"
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+            sock.settimeout(0.2)
+            try:
+                sock.connect((step["cid"], 1))
+            except TimeoutError:
+                return "timeout"
+        return 0
+
     def _note(self, text: str) -> None:
         """A note may stand for what was not written down step by step."""
         if text.startswith("2048 more (max_iotlb_entries)"):
@@ -391,6 +412,7 @@ _OPS: dict[str, Callable[[Player, Step], Any]] = {
     "eventfd_read": Player.eventfd_read,
     "memory": Player.memory,
     "workers": Player.workers,
+    "AF_VSOCK connect": Player.connect,
     **dict.fromkeys(
         (
             "write 0 bytes",

@@ -1,4 +1,4 @@
-"""A real kernel's /dev/vhost-net, in the lab: it answers and does what was recorded, by the same code that is run in
+"""A real kernel's vhost devices, in the lab: they answer and do what was recorded, by the same code that is run in
 process. Were the recordings or the replay wrong, this would tell.
 """
 
@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kernel import driver_cases, experiment, receive, replay, transmit, transposed
+import pytest
+
+from kernel import driver_cases, experiment, in_guest, receive, transmit
 from kernel.lab import KernelLab
 
 #: They put their experiments on the list.
@@ -17,14 +19,15 @@ EXPERIMENTS = (transmit, receive)
 TIMED = ("net/iotlb/miss-protocol", "net/iotlb/update-answers-only-covering-misses")
 
 
-def in_guest(lab: KernelLab, what: str) -> Any:
+def run(lab: KernelLab, what: str, *words: str) -> Any:
     """The findings of `in_guest`."""
-    return json.loads(lab.python("kernel.in_guest", what, timeout=300))
+    return json.loads(lab.python("kernel.in_guest", what, *words, timeout=300))
 
 
-def test_the_kernel_answers_ioctls_as_recorded(lab: KernelLab) -> None:
-    cases = {case["case"]: case for case in replay.cases("vhost-net") + transposed.for_net()}
-    found = in_guest(lab, "ioctls")
+@pytest.mark.parametrize("device", ["vhost-net", "vhost-scsi", "vhost-vsock"])
+def test_the_kernel_answers_ioctls_as_recorded(lab: KernelLab, device: str) -> None:
+    cases = {case["case"]: case for case in in_guest.cases(device)}
+    found = run(lab, "ioctls", device)
     assert found.keys() == cases.keys()
     told = [
         words
@@ -36,13 +39,13 @@ def test_the_kernel_answers_ioctls_as_recorded(lab: KernelLab) -> None:
 
 
 def test_the_kernel_moves_packets_as_recorded(lab: KernelLab) -> None:
-    found = in_guest(lab, "datapath")
+    found = run(lab, "datapath")
     expected = {name: [list(fact) for fact in facts] for name, facts in experiment.recorded().items()}
     assert found == expected
 
 
 def test_the_driver_works_with_the_kernel_s_device(lab: KernelLab) -> None:
-    found = in_guest(lab, "driver")
+    found = run(lab, "driver")
     assert found.keys() == driver_cases.CASES.keys()
     # Debian's kernel is built without the ioctl that tells it of a byte order.
     assert found.pop("frames/big-endian").startswith("unsupported")
