@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from functools import partial
-from typing import ClassVar, Final, NoReturn
+from typing import ClassVar, Final
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio
@@ -85,6 +85,12 @@ class VhostScsi(ScsiDevice, KernelDevice):
         """Has the queues know how long a request's header is."""
         for queue in self._queues:
             queue.header = self._header
+
+    def reset(self) -> None:
+        """Forgets everything, when what was begun has ended: it writes into this process's own memory."""
+        for vring in self.vrings:
+            self.set_vring_running(vring.index, False)
+        super().reset()
 
     def close(self) -> None:
         """Gives up the endpoint, rings and descriptors."""
@@ -227,27 +233,6 @@ class VhostScsi(ScsiDevice, KernelDevice):
 
     def _take_worker(self) -> DiskWorker:
         return Plane.get().in_process.take()
-
-    # --- what it does not have --------------------------------------------------------------------------------
-
-    def new_worker(self) -> NoReturn:
-        """ENOTTY: one thread serves all of a device's rings."""
-        raise self._no_workers()
-
-    def free_worker(self, worker: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def attach_vring_worker(self, index: int, worker: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def get_vring_worker(self, index: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def _no_workers(self) -> VhostError:
-        return VhostError(errno.ENOTTY, f"{self.name}: its workers are not to be chosen")
 
 
 def _target(device: VhostScsi, argument: ioctls.Argument) -> str:

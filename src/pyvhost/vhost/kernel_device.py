@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
@@ -362,23 +361,26 @@ class KernelDevice(Device):
             raise VhostError(errno.EFAULT, f"{self.name}: it has no IOTLB")
         super().iotlb_invalidate(iova, size)
 
-    # --- workers ------------------------------------------------------------------------------------------
+    # --- workers: of a device type that has no more than one -------------------------------------------------
 
-    @abstractmethod
     def new_worker(self) -> int:
-        """VHOST_NEW_WORKER: another thread; its number. ENOMEM: there are enough."""
+        """VHOST_NEW_WORKER: another thread; its number. ENOMEM: there are enough; ENOTTY: one serves all rings."""
+        raise self._no_workers()
 
-    @abstractmethod
     def free_worker(self, worker: int) -> None:
-        """VHOST_FREE_WORKER. ENODEV: there is none such; EBUSY: rings are attached to it."""
+        """VHOST_FREE_WORKER. ENODEV: there is none such; EBUSY: rings are attached to it; ENOTTY."""
+        raise self._no_workers()
 
-    @abstractmethod
     def attach_vring_worker(self, index: int, worker: int) -> None:
-        """VHOST_ATTACH_VRING_WORKER: that thread serves the ring. ENODEV: there is none such."""
+        """VHOST_ATTACH_VRING_WORKER: that thread serves the ring. ENODEV: there is none such; ENOTTY."""
+        raise self._no_workers()
 
-    @abstractmethod
     def get_vring_worker(self, index: int) -> int:
-        """VHOST_GET_VRING_WORKER: the number of the thread that serves the ring."""
+        """VHOST_GET_VRING_WORKER: the number of the thread that serves the ring. ENOTTY."""
+        raise self._no_workers()
+
+    def _no_workers(self) -> VhostError:
+        return VhostError(errno.ENOTTY, f"{self.name}: its workers are not to be chosen")
 
 
 def _log_access_ok(base: int, address: int, size: int) -> bool:

@@ -9,15 +9,13 @@ one guest's of this process. Never: uses the host's own AF_VSOCK.
 
 from __future__ import annotations
 
-import errno
-from typing import ClassVar, Final, NoReturn
+from typing import ClassVar, Final
 
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio_vsock
 from pyvhost.host.control_thread import ControlThread
 from pyvhost.vhost import ioctls
 from pyvhost.vhost.device import TRANSPORT_FEATURES
-from pyvhost.vhost.errors import VhostError
 from pyvhost.vhost.kernel_device import KernelDevice
 from pyvhost.vhost.opening import register
 from pyvhost.vsock.device import RX, VsockDevice
@@ -71,27 +69,6 @@ class VhostVsock(VsockDevice, KernelDevice):
             for index in begun:
                 self.unbind(index)
             raise
-
-    # --- what it does not have --------------------------------------------------------------------------------
-
-    def new_worker(self) -> NoReturn:
-        """ENOTTY: one thread serves both rings."""
-        raise self._no_workers()
-
-    def free_worker(self, worker: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def attach_vring_worker(self, index: int, worker: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def get_vring_worker(self, index: int) -> NoReturn:
-        """ENOTTY."""
-        raise self._no_workers()
-
-    def _no_workers(self) -> VhostError:
-        return VhostError(errno.ENOTTY, f"{self.name}: its workers are not to be chosen")
 
 
 def _set_guest_cid(device: VhostVsock, argument: ioctls.Argument) -> None:
