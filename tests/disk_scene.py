@@ -6,12 +6,16 @@ Promises: what a `scene` begins ends with it. Never: waits by the clock: a test 
 from __future__ import annotations
 
 import errno
+import logging
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from back_end import PATIENCE, BackEnd
 from pyvhost.abi import virtio_scsi as abi
@@ -20,10 +24,12 @@ from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import FEATURES, ScsiDriver
 from pyvhost.driver.scsi_command import Pending, Response
 from pyvhost.driver.vhost_user import VhostUserFrontend
+from pyvhost.scsi import device as device_module
 from pyvhost.scsi.device import ScsiDevice
 from pyvhost.scsi.stores.base import Done, Store
 from pyvhost.scsi.stores.memory import MemoryStore
 from pyvhost.scsi.stores.wrappers import Wrapper
+from pyvhost.vhost_user import connection
 
 BLOCK = 512
 UNIT_ATTENTION = 6
@@ -175,6 +181,40 @@ def read_of(found: Scene, lun: int = 0, blocks: int = 8) -> Pending:
 def sense_of(response: Response) -> tuple[int | None, int | None]:
     """Sense key, additional sense code and its qualifier."""
     return response.sense_key, response.asc
+
+
+@contextmanager
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Gives what returns when the log says, once more, that somebody waits for a store: at once, for a test."""
+    monkeypatch.setattr(connection, "TELL", 0.0)
+    monkeypatch.setattr(connection, "TELL_AGAIN", 0.0)
+    monkeypatch.setattr(connection, "LOOK", 0.01)
+    monkeypatch.setattr(device_module, "PATIENCE", 0.01)
+    said = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "no sooner" in record.getMessage():
+                said.set()
+
+    def waits() -> None:
+        said.clear()
+        assert said.wait(PATIENCE), "nobody waits"
+
+    listener = Listener()
+    logging.getLogger("pyvhost").addHandler(listener)
+    try:
+        yield waits
+    finally:
+        logging.getLogger("pyvhost").removeHandler(listener)
+
+
+def go_on(found: Scene, store: OnASocket | Kept, blocks: int = 8) -> None:
+    """Ends what a store keeps; of a socket the one READ of so many blocks."""
+    if isinstance(store, OnASocket):
+        store.answer(b"g" * blocks * BLOCK)
+    else:
+        found.ask(store.let_go)
 
 
 def readable(fd: int) -> bool:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ class RecordingDevice:
         self.features = features
         self.config_changed: Callable[[], None] | None = None
         self.memory_lost: Callable[[], None] | None = None
+        self.progress: Callable[[], None] | None = None
         self.lost_memory = False
         self.poller: Poller | None = None
         self.config = bytes(range(64))
@@ -144,6 +145,9 @@ class RecordingDevice:
         self._take("set_vring_err", index, fd)
 
     def give_up_vring(self, index: int, /) -> None: ...
+
+    def under_way(self, rings: Sequence[int], /, *, former: Collection[tuple[int, int]] = ()) -> str:
+        return ""
 
     def set_vring_running(self, index: int, running: bool, /) -> None:
         self._record("set_vring_running", index, running)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,7 @@ from pyvhost.driver import cdb
 from pyvhost.driver.dirty_log import LOG_PAGE, DirtyLog
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.scsi import REQUEST, ScsiDriver
-from pyvhost.driver.scsi_command import REPORT_LUNS, UNTOUCHED, Layout, address
-from pyvhost.scsi import device as device_module
+from pyvhost.driver.scsi_command import REPORT_LUNS, Layout, address
 from pyvhost.scsi.requests import RESPONSE_BYTES
 
 SPECS = {"by the loop": "memory:1M", "by Python": "memory:1M,delay=0"}
@@ -267,58 +265,6 @@ def test_a_unit_that_goes_while_it_is_read(tmp_path: Path) -> None:
 
 
 # Rings that stop, front ends that go, memory that moves
-
-
-@pytest.mark.parametrize("kind", [OnASocket, Kept])
-def test_a_stop_waits_for_what_is_under_way(tmp_path: Path, kind: type[OnASocket] | type[Kept]) -> None:
-    store = kind()
-    with scene(tmp_path, store) as found:
-        task = read_of(found)
-        bases: list[dict[int, int]] = []
-        stopping = threading.Thread(target=lambda: bases.append(found.driver.stop()))
-        stopping.start()
-        if isinstance(store, OnASocket):
-            store.answer(b"x" * 8 * BLOCK)
-        else:
-            found.ask(store.let_go)
-        stopping.join(PATIENCE)
-        assert bases[0][REQUEST] == found.driver.requests[0].ring.used_idx
-        found.driver.wait_all([task])
-        assert task.response is not None
-        assert task.response.good
-        found.driver.resume(bases=bases[0])
-        if isinstance(store, Kept):
-            store.keeps = False
-        assert found.driver.command(0, 0, cdb.write10(0, 1), bytes(BLOCK)).good
-
-
-@pytest.mark.parametrize("kind", [OnASocket, Kept])
-def test_a_stop_gives_up_and_the_rest_is_done_again(
-    tmp_path: Path, kind: type[OnASocket] | type[Kept], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With inflight memory; what ends later writes nowhere, and the ring that was given up is no loss."""
-    monkeypatch.setattr(device_module, "PATIENCE", 0.05)
-    store = kind()
-    with scene(tmp_path, store, "memory:1M", inflight=True) as found:
-        driver = found.driver
-        task = read_of(found)
-        for turn in range(3):
-            driver.stop()
-            at, size = task.writable[0]
-            assert found.memory.read(at, size) == bytes([UNTOUCHED]) * size, turn
-            driver.resume()
-            assert driver.query_task(task) == abi.S_FUNCTION_SUCCEEDED
-            assert driver.command(0, 1, cdb.read10(0, 1), data_in_length=BLOCK).response == abi.S_OK
-        if isinstance(store, OnASocket):
-            # Three are for those that were given up.
-            store.answer(b"g" * 4 * 8 * BLOCK)
-        else:
-            found.ask(store.let_go)
-        driver.wait_all([task])
-        assert task.response is not None
-        assert task.response.response == abi.S_OK
-        if isinstance(store, OnASocket):
-            assert task.response.data == b"g" * 8 * BLOCK
 
 
 @pytest.mark.parametrize("kind", [OnASocket, Kept])

@@ -191,6 +191,11 @@ class Poller:
         self._stopping = True
         self._rouse()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes any more."""
+        return self._wake < 0
+
     def close(self) -> None:
         """Give the epoll set back. The registered descriptors stay open."""
         if not self._epoll.closed:

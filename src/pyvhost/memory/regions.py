@@ -80,6 +80,8 @@ class Mapping:
     host: int
     mapped: Mapped | None = None
     tables: int = field(default=0)
+    #: Which file it is, by device and inode; None: it lies here anyway.
+    file: tuple[int, int] | None = None
 
     @classmethod
     def make(cls, region: MemoryRegion, guard: Guard | None = None) -> Mapping:
@@ -90,7 +92,7 @@ class Mapping:
         try:
             region.check()
             mapped = Mapped.of(region.fd, region.mmap_offset, region.memory_size, str(region), guard)
-            return cls(region, mapped.address, mapped)
+            return cls(region, mapped.address, mapped, file=file_of(region.fd))
         finally:
             # One that is not open has been found out by then.
             with suppress(OSError):
@@ -106,6 +108,12 @@ class Mapping:
         self.tables -= 1
         if self.tables <= 0 and self.mapped is not None:
             self.mapped.close()
+
+
+def file_of(fd: int) -> tuple[int, int]:
+    """Which file a descriptor is of: its device and inode."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 #: Which parts of a range of this process's own memory can be read and written: address and bytes of each.

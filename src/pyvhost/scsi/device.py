@@ -4,7 +4,8 @@ Requests that only read or write go through the compiled loop (`scsi_loop`); all
 do, become tasks of a `Target`. The guest is one initiator, with a nexus of its own to each target.
 
 Promises: a request is answered once, or its ring is gone; a task management function is answered when what it
-stopped has stopped; a store that stalls holds up nobody else's requests.
+stopped has stopped; a ring stops when what it began has ended, however long its store takes (decision 24); a store
+that stalls holds up nobody else's requests.
 Never: carries out a command itself.
 """
 
@@ -15,7 +16,7 @@ import errno
 import logging
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Final
 
@@ -47,7 +48,7 @@ MAX_REQUEST_QUEUES: Final = 128
 CONTROL: Final = 0
 EVENT: Final = 1
 REQUEST: Final = 2
-#: How long a stop waits for what a store has under way, in seconds.
+#: How often the log says that a stop waits for what a store has under way, in seconds.
 PATIENCE: Final = 10.0
 #: And the end of the device.
 CLOSE_WAITS: Final = 2.0
@@ -81,8 +82,11 @@ class ScsiDevice(DeviceUnits):
         self._control: ControlQueue | None = None
         #: Who waits for operations of the loop (by serial number) and chains of Python's to end.
         self._endings = Endings()
-        #: When a stop has last given up, by time.monotonic().
-        self._gave_up = -PATIENCE
+        #: Operations and chains that may write into memory which the IOTLB has lost.
+        self._losing: set[Hashable] = set()
+        #: Queues that front ends have left with something under way, and the files of their memory.
+        self._former: dict[RequestQueue, frozenset[tuple[int, int]]] = {}
+        self._looked_for = False
         self._queue_rows: dict[int, Int64s] = {}
         #: Queues that nobody waits for, and which have something in flight.
         self._left: list[RequestQueue] = []
@@ -151,7 +155,7 @@ class ScsiDevice(DeviceUnits):
             )
 
     def set_vring_running(self, index: int, running: bool) -> None:
-        """Serve a vring, or let it rest: what it has begun is done first, as long as its store answers."""
+        """Serve a vring, or let it rest: what it has begun is done first."""
         if running or not 0 <= index < len(self.vrings) or self.vrings[index].place is None:
             super().set_vring_running(index, running)
             return
@@ -166,6 +170,38 @@ class ScsiDevice(DeviceUnits):
             if queue.in_flight:
                 queue.orphan()
 
+    def under_way(self, rings: Sequence[int], *, former: Collection[tuple[int, int]] = ()) -> str:
+        """What these vrings have begun, and begin no more of meanwhile; see `vhost.Device`."""
+        for index in rings:
+            if index >= REQUEST and self.vrings[index].place is not None:
+                self._queues[index - REQUEST].hold_back(True)
+        told = self._begun(rings, former=former)
+        if told and not self._looked_for and self._worker is not None:
+            self._looked_for = True
+            self._worker.see_off(self._progressed)
+        return told
+
+    def _begun(self, rings: Sequence[int], *, former: Collection[tuple[int, int]] = ()) -> str:
+        parts = []
+        for index in rings:
+            if index == CONTROL and self._control is not None and self._control.ring.in_flight:
+                parts.append(f"vring {index}: {self._control.ring.in_flight} functions are under way")
+            elif index >= REQUEST and not (queue := self._queues[index - REQUEST]).dead and queue.begun:
+                parts.append(f"vring {index}: {queue.begun} requests are under way")
+        left = [queue for queue, files in self._former.items() if not files.isdisjoint(former)]
+        if count := sum(queue.in_flight for queue in left):
+            parts.append(f"{count} requests of a front end that had the same memory and left are under way")
+        if self._losing:
+            parts.append(f"{len(self._losing)} requests are under way whose memory was unmapped")
+        return ", ".join(parts)
+
+    def _progressed(self) -> bool:
+        """Tells who waits for what is under way; whether somebody does."""
+        self._looked_for = self.progress is not None
+        if self.progress is not None:
+            self.progress()
+        return self._looked_for
+
     def reset(self) -> None:
         """The initiator is gone: its tasks are aborted, what the host has under way ends unseen."""
         for queue in self._queues:
@@ -173,6 +209,10 @@ class ScsiDevice(DeviceUnits):
             queue.hold_back(True)
             if queue.in_flight:
                 queue.orphan()
+        files, self._files = frozenset(self._files), set()
+        for queue in (*self._queues, *self._left):
+            if queue.dead and queue.in_flight:
+                self._former.setdefault(queue, files)
         super().reset()
         for queue in self._queues:
             if not queue.dead:
@@ -248,34 +288,47 @@ class ScsiDevice(DeviceUnits):
         assert self.poller is not None
         if index == CONTROL and self._control is not None:
             ring = self._control.ring
-            if not self.poller.run_inner(lambda: ring.in_flight == 0, PATIENCE):
-                _log.error(
-                    "%s: vring %d: %d functions do not end: given up", self.name, index, ring.in_flight
-                )
+            self._wait(lambda: ring.in_flight == 0, index)
         if index < REQUEST:
             yield
             return
         queue = self._queues[index - REQUEST]
         queue.hold_back(True)
         try:
-            if not queue.dead and not self.poller.run_inner(lambda: queue.in_flight == 0, self._patience()):
-                self._gave_up = time.monotonic()
-                _log.error(
-                    "%s: vring %d: %d requests do not end: given up", self.name, index, queue.in_flight
-                )
-                queue.orphan()
+            if not queue.dead:
+                self._wait(lambda: queue.begun == 0, index)
+                if queue.in_flight:
+                    _log.error(
+                        "%s: vring %d: %d requests wait for the IOTLB: given up",
+                        *(self.name, index, queue.in_flight),
+                    )
+                    queue.orphan()
             yield
         finally:
             if not queue.dead:
                 queue.hold_back(False)
 
-    def _patience(self) -> float:
-        """How long a stop waits: when one has just waited in vain, the next need not try as long."""
-        return PATIENCE / 50 if time.monotonic() - self._gave_up < PATIENCE else PATIENCE
+    def _wait(self, until: Callable[[], bool], index: int) -> None:
+        """Waits however long it takes: what the host has begun writes where it was told to, and can't be called back.
+
+        For a front end that is this process; another one's connection waits before it comes here (`under_way`).
+        """
+        assert self.poller is not None
+        since = time.monotonic()
+        while not self.poller.run_inner(until, PATIENCE) and not self.poller.closed:
+            _log.warning(
+                "%s: %s since %d s; no sooner it stops",
+                *(self.name, self._begun((index,)), time.monotonic() - since),
+            )
 
     def _leave(self, queue: RequestQueue) -> None:
         self._left.append(queue)
-        queue.leave(lambda: self._left.remove(queue))
+
+        def left() -> None:
+            self._left.remove(queue)
+            self._former.pop(queue, None)
+
+        queue.leave(left)
 
     def _after_what_is_under_way(self, done: Callable[[], object]) -> None:
         names: set[Hashable] = set()
@@ -287,8 +340,8 @@ class ScsiDevice(DeviceUnits):
             names.update(self._worker.watch_operations(self._ports(), lambda unit, tag: True))
         self._endings.wait(names, done)
 
-    def _until_unwritten(self, lost: Sequence[tuple[int, int]], kept: Callable[[int, int], bool]) -> None:
-        if not lost or self._worker is None or self.poller is None:
+    def _lose(self, lost: Sequence[tuple[int, int]], kept: Callable[[int, int], bool]) -> None:
+        if not lost or self._worker is None:
             return
         # Of what is lost, ends and then starts: a piece is part of it unless as many have ended as have begun.
         starts = sorted(start for start, _ in lost)
@@ -300,11 +353,8 @@ class ScsiDevice(DeviceUnits):
         writing: set[Hashable] = set(self._worker.watch_writing(self._ports(), touches))
         for queue in (*self._queues, *self._left):
             writing.update(chain for chain in queue.pending if any(touches(*piece) for piece in chain.logged))
-        over: list[bool] = []
-        self._endings.wait(writing, lambda: over.append(True))
-        if not self.poller.run_inner(lambda: bool(over), self._patience()):
-            self._gave_up = time.monotonic()
-            _log.error("%s: %d requests do not end whose memory was unmapped", self.name, len(writing))
+        self._losing |= writing
+        self._endings.wait(writing, lambda: self._losing.difference_update(writing))
 
     # --- the compiled loop --------------------------------------------------------------------------------
 

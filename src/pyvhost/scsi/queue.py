@@ -104,6 +104,11 @@ class RequestQueue(WorkerPlace):
         """Chains that were taken and are not used."""
         return int(self.worker.ports[self.port]["in_flight"])
 
+    @property
+    def begun(self) -> int:
+        """The same without those that Python has not begun: they wait for the IOTLB."""
+        return self.in_flight - len(self._parked)
+
     def hold_back(self, held: bool) -> None:
         """Has the loop take no more chains; Python is told when the last one is used."""
         with self.worker.paused():

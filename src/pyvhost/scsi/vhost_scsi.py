@@ -86,12 +86,6 @@ class VhostScsi(ScsiDevice, KernelDevice):
         for queue in self._queues:
             queue.header = self._header
 
-    def reset(self) -> None:
-        """Forgets everything, when what was begun has ended: it writes into this process's own memory."""
-        for vring in self.vrings:
-            self.set_vring_running(vring.index, False)
-        super().reset()
-
     def close(self) -> None:
         """Gives up the endpoint, rings and descriptors."""
         self._leave_endpoint()

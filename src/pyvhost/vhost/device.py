@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import ClassVar, Final
 
@@ -60,6 +60,8 @@ class Device(DeviceMemory):
         self.poller: Poller | None = None
         #: The session's: called when the front end has taken its memory away (`lost_memory`).
         self.memory_lost: Callable[[], None] | None = None
+        #: The session's: called on the control thread when `under_way` may tell of less.
+        self.progress: Callable[[], None] | None = None
 
     def attach(self, poller: Poller) -> None:
         """Whoever serves the device says on which loop, once, before anything else."""
@@ -243,6 +245,15 @@ class Device(DeviceMemory):
 
         By itself nothing: only a device whose chains outlive a pause has anything in flight.
         """
+
+    def under_way(self, rings: Sequence[int], *, former: Collection[tuple[int, int]] = ()) -> str:
+        """What the host has yet to end before these vrings can be stopped, in words; "": nothing, they can be.
+
+        They begin nothing more meanwhile. What may write into memory that an IOTLB has lost is always told of, and
+        so is what front ends before this one have begun, if they had one of the files `former` (device and inode)
+        in their memory. By itself nothing: see `give_up_vring`.
+        """
+        return ""
 
     def set_vring_endian(self, index: int, num: int) -> None:
         """VHOST_SET_VRING_ENDIAN: a legacy guest's byte order. EBUSY: it runs; EINVAL: neither of the two."""

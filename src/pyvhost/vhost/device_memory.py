@@ -65,6 +65,8 @@ class DeviceMemory(ABC):
         #: How often each region of the table was added.
         self._added: dict[tuple[int, int, int], int] = {}
         self._rings = Rings(self)
+        #: The files that were in any table since there is a front end.
+        self._files: set[tuple[int, int]] = set()
 
     @abstractmethod
     def place_of(self, index: int) -> Place:
@@ -237,7 +239,9 @@ class DeviceMemory(ABC):
                 self._rings.resume(self.vrings[index])
 
     def iotlb_invalidate(self, iova: int, size: int) -> None:
-        """VHOST_IOTLB_INVALIDATE: when it returns nobody uses the range any more. EFAULT: there is no IOTLB.
+        """VHOST_IOTLB_INVALIDATE: nobody begins to use the range any more. EFAULT: there is no IOTLB.
+
+        What the host still writes into it is `under_way`: who tells the front end that it is done waits for that.
 
         As on Linux the last byte is what counts: size 0 at 0 is everything, elsewhere nothing.
         """
@@ -251,7 +255,7 @@ class DeviceMemory(ABC):
             self._rings.point()
             self._rings.locate_again(iova, size)
         # Neighbours in a page have entries of their own for it: theirs is none of what nobody may use any more.
-        self._until_unwritten(lost, iotlb.lets_write)
+        self._lose(lost, iotlb.lets_write)
 
     def iotlb_translate(self, iova: int, size: int, perm: int) -> int | None:
         """Where a range of I/O virtual addresses lies here, if it is in one piece and allows `perm`."""
@@ -307,6 +311,7 @@ class DeviceMemory(ABC):
             old = self._memory.use_table(table)
             for vring in self._running():
                 self._rings.locate(vring, again=True)
+        self._files.update(mapping.file for mapping in mappings if mapping.file is not None)
         self._after_what_is_under_way(old.close)
 
     def _after_what_is_under_way(self, done: Callable[[], object]) -> None:
@@ -316,10 +321,10 @@ class DeviceMemory(ABC):
         """
         done()
 
-    def _until_unwritten(  # noqa: B027 - what outlives a pause is a device type's own
+    def _lose(  # noqa: B027 - what outlives a pause is a device type's own
         self, lost: Sequence[tuple[int, int]], kept: Callable[[int, int], bool]
     ) -> None:
-        """Waits until nobody writes into guest memory that rings have just lost.
+        """Rings have just lost guest memory: what may still write into it is under way.
 
         `lost`: address and bytes of each piece; `kept(address, bytes)`: whether that may be written to all the same.
         """

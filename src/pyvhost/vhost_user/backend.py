@@ -130,6 +130,21 @@ class BackendSession:
             return []
         return [Reply(encode(message.request, payload, flags=abi.FLAG_REPLY), fds)]
 
+    def stops(self, message: Message) -> list[int]:
+        """The vrings that a request stops: what they have under way has to end before it is obeyed."""
+        running = [ring.index for ring in self.rings if ring.running]
+        payload = message.payload
+        if message.request in (Request.RESET_OWNER, Request.RESET_DEVICE):
+            return running
+        if message.request == Request.SET_STATUS:
+            return running if payload == U64(0) else []
+        if isinstance(payload, VringState) and (
+            message.request == Request.GET_VRING_BASE
+            or (message.request == Request.SET_VRING_ENABLE and payload.num == 0)
+        ):
+            return [index for index in running if index == payload.index]
+        return []
+
     def receive_backend_reply(self, message: Message) -> None:
         """The front end's answer to a request of the back end's own."""
         if message.stream is not Stream.BACKEND_REPLY:
@@ -167,6 +182,7 @@ class BackendSession:
         close(self.take_backend_fd())
         self.device.config_changed = None
         self.device.memory_lost = None
+        self.device.progress = None
         self.device.reset()
 
     # --- what a message comes to ---------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """One front end's connection: its sockets, between the control loop and a `BackendSession`.
 
+A message that stops a ring waits until the device has ended what the ring began, and one that gives memory until
+what a former front end's rings began in the same memory has ended: the driver may use it for something else as soon
+as it is answered, and the host would still write into it.
+
 Promises: nothing here blocks; a front end that doesn't read its replies is not read from either, so that what
 waits for it stays a few hundred bytes; misses of the IOTLB are looked for while the front end can be told of
 them, and cost nothing otherwise; whatever goes wrong ends this connection alone, with one line in the
@@ -13,14 +17,18 @@ import errno
 import logging
 import select
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from pyvhost.host import fds as host_fds
-from pyvhost.host.poller import Poller
+from pyvhost.host.poller import Poller, Timer
 from pyvhost.host.unix_socket import peer_of, peer_pid
-from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, SessionError
+from pyvhost.memory.regions import file_of
+from pyvhost.vhost_user.backend import LOST_MEMORY, BackendSession, Reply, SessionError
 from pyvhost.vhost_user.codec import HEADER_SIZE, Decoder, Fds, Message, Stream, decode_one
-from pyvhost.vhost_user.describe import TRACE, describe
+from pyvhost.vhost_user.describe import TRACE, describe, summary
 from pyvhost.vhost_user.device import Device
 from pyvhost.vhost_user.hints import MEMORY, private_memory
 from pyvhost.vhost_user.payloads import CodecError
@@ -28,10 +36,29 @@ from pyvhost.vhost_user.payloads import CodecError
 #: Messages that one front end is served in a row before others have their turn.
 MESSAGES_A_TURN = 64
 
+#: How often a front end that waits for the device is looked at, in seconds, if the device says nothing by itself.
+LOOK: Final = 0.25
+#: After how long the log says that it waits, and how often then.
+TELL: Final = 5.0
+TELL_AGAIN: Final = 60.0
+
 #: What a non-blocking socket says when there is nothing to do.
 AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Wait:
+    """What waits for the device to end something: `then` is due when `ask` says nothing any more."""
+
+    what: str
+    ask: Callable[[], str]
+    then: Callable[[], None]
+    fds: list[Fds]
+    since: float
+    tell: float
+    told: bool = False
 
 
 class Connection:
@@ -63,6 +90,8 @@ class Connection:
         self._output_fds = Fds()
         self._channel: _Channel | None = None
         self._misses_fd = -1
+        self._waiting: _Wait | None = None
+        self._look: Timer | None = None
         # A device may notice a change on any thread; the session belongs to the control thread.
         device.config_changed = lambda: poller.call_soon_threadsafe(self.session.config_changed)
         device.memory_lost = lambda: self.end(f"{LOST_MEMORY}; its connection ends", logging.ERROR)
@@ -73,7 +102,7 @@ class Connection:
         """Do what has arrived, `messages` at most; whether the front end is still there."""
         try:
             for _ in range(messages):
-                if not (self.alive and self._flush() and self._serve_one()):
+                if not (self.alive and self._through() and self._flush() and self._serve_one()):
                     break
         except (CodecError, SessionError) as fault:
             self.end(f"{fault}; its connection ends", logging.ERROR)
@@ -97,6 +126,11 @@ class Connection:
         self._sock.close()
         self._decoder.close()
         self._output_fds.close()
+        for fds in self._waiting.fds if self._waiting is not None else ():
+            fds.close()
+        self._waiting = None
+        if self._look is not None:
+            self._look.cancel()
         if self._channel is not None:
             self._channel.close()
         try:
@@ -131,7 +165,27 @@ class Connection:
             hint = private_memory(self._pid, message.fds)
             if hint:
                 _log.warning("%s: %s", self.label, hint)
-        for reply in self.session.receive(message):
+        stops = self.session.stops(message)
+        gives = {file_of(fd) for fd in message.fds} if message.request in MEMORY else set()
+        self._when(
+            lambda: f"{summary(message, self._device.virtio_id)} is obeyed",
+            lambda: self._device.under_way(stops, former=gives) if stops or gives else "",
+            lambda: self._obey(message),
+            [message.fds],
+        )
+        return self._waiting is None
+
+    def _obey(self, message: Message) -> None:
+        replies = self.session.receive(message)
+        self._when(
+            lambda: f"{summary(message, self._device.virtio_id)} is answered",
+            lambda: self._device.under_way(()),
+            lambda: self._answer(replies),
+            [reply.fds for reply in replies],
+        )
+
+    def _answer(self, replies: list[Reply]) -> None:
+        for reply in replies:
             # Nothing else waits to be sent: `serve` reads the next message when all of this has gone.
             self._trace_bytes(Stream.REPLY, reply.data, reply.fds)
             self._output += reply.data
@@ -139,7 +193,58 @@ class Connection:
         self._adopt_channel()
         self._watch_misses()
         self._flush()
-        return True
+
+    def _when(
+        self,
+        what: Callable[[], str],
+        ask: Callable[[], str],
+        then: Callable[[], None],
+        fds: Sequence[Fds] = (),
+    ) -> None:
+        """Does `then` when `ask` says of nothing that it is under way; until then no message is read."""
+        if not ask():
+            then()
+            return
+        now = time.monotonic()
+        self._waiting = _Wait(what(), ask, then, list(fds), now, now + TELL)
+        # Only its end is heard of.
+        self._poller.modify(self._sock.fileno(), 0)
+        self._device.progress = lambda: self._poller.call_soon_threadsafe(self._look_again)
+        self._look = self._poller.call_later(LOOK, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.alive and self._waiting is not None:
+            self.serve()
+
+    def _through(self) -> bool:
+        """Whether nothing waits for the device any more; goes on with what did."""
+        waiting = self._waiting
+        if waiting is None:
+            return True
+        if _hung_up(self._sock):
+            self.end("it left")
+            return False
+        under_way, now = waiting.ask(), time.monotonic()
+        if under_way:
+            if now >= waiting.tell:
+                waiting.told, waiting.tell = True, now + TELL_AGAIN
+                _log.warning(
+                    "%s: %s: %s since %d s; no sooner %s",
+                    *(self.label, self._device.name, under_way, now - waiting.since, waiting.what),
+                )
+            if self._look is None or not self._look.pending:
+                self._look = self._poller.call_later(LOOK, self._look_again)
+            return False
+        if waiting.told:
+            _log.warning(
+                "%s: %s: that has ended, after %d s", self.label, self._device.name, now - waiting.since
+            )
+        self._waiting = None
+        if self._look is not None:
+            self._look.cancel()
+        self._device.progress = None
+        waiting.then()
+        return self._waiting is None
 
     def _flush(self) -> bool:
         """Send what waits; whether nothing waits any more. Only then more is read."""
@@ -189,6 +294,13 @@ class Connection:
             message = decode_one(stream, data)
             message.fds = fds
             self._trace(message)
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the other end has closed it, whatever is still to be read."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
 
 
 class _Channel:
