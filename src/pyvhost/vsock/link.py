@@ -95,6 +95,12 @@ class _Queue:
         """Where an entry lies."""
         return self.at + layout.QUEUE_ENTRIES + (number & self.size - 1) * layout.ENTRY_BYTES
 
+    def void(self, kinds: tuple[int, ...]) -> None:
+        """Has entries of these kinds mean nothing; while the loop is paused."""
+        of_entries = self._memory[(layout.QUEUE_ENTRIES + layout.ENTRY_KIND) // 8 :: layout.ENTRY_BYTES // 8]
+        held = np.arange(self.taken, self.put) & self.size - 1
+        of_entries[held[np.isin(of_entries[held], kinds)]] = 0
+
 
 class _Held(NamedTuple):
     """What the loop holds of a connection."""
@@ -282,10 +288,7 @@ class Link:
         self._backlog = deque(command for command in self._backlog if command[0] not in unwanted)
         with self.worker.paused():
             for queue in (self._commands, self._packets):
-                for number in range(queue.taken, queue.put):
-                    kind = queue.entry(number) + layout.ENTRY_KIND
-                    if load64(kind) in unwanted:
-                        store64(kind, 0)
+                queue.void(unwanted)
         self._ring()
 
     def set_cid(self, cid: int) -> None:
