@@ -25,7 +25,7 @@ from pyvhost.vhost.worker import Int64s, Slots, Worker, Workers
 _log = logging.getLogger(__name__)
 
 #: A connection takes a descriptor and a mapping. What a guest has of either besides: rings, its memory, clients that
-#: have not said whom they want; and what the process has.
+#: have not said whom they want; a quarter of its share, where that is less. And what the process has.
 _OF_GUEST: Final = 640
 _FILES: Final = 256
 _MAPS: Final = 4096
@@ -160,7 +160,8 @@ class Plane:
             (_most_maps(), _MAPS, f"{_most_maps()} mappings (vm.max_map_count)"),
         ):
             if guests and have < wanted + apart:
-                each = max(1, (have - apart) // guests - _OF_GUEST)
+                share = max(1, (have - apart) // guests)
+                each = max(share - _OF_GUEST, share - share // 4)
                 if each < self._each:
                     self._each, scarce = each, what
         return scarce
