@@ -398,6 +398,19 @@ def test_siblings_messages_keep_their_bounds_and_their_records(
     saying.result()
 
 
+def test_siblings_may_send_a_message_as_long_as_the_other_takes(tmp_path: Path) -> None:
+    """Each hears of the other's room, and not of ours, which is larger, before it has sent anything."""
+    devices = [VsockDevice(cid, group="lab") for cid in (3, 4)]
+    with (
+        BackEnd(tmp_path, *devices) as back_end,
+        guest(back_end, buf_alloc=5000) as one,
+        guest(back_end, 1, buf_alloc=7000) as two,
+    ):
+        asking, accepted = joined(one, two, SEQPACKET)
+        assert asking.peer_buf_alloc == 7000
+        two.wait_for(lambda: accepted.peer_buf_alloc == 5000, "the room of the one that asked")
+
+
 def test_a_sibling_that_reads_no_more_is_not_written_to(siblings: tuple[VsockDriver, VsockDriver]) -> None:
     ours, theirs = joined(*siblings)
     theirs.shutdown(abi.SHUTDOWN_RCV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from pyvhost.abi import virtio
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.vsock import VsockDriver
+from pyvhost.host.poller import Poller
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vsock.contract import Key
 from pyvhost.vsock.device import EVENT, VsockDevice
@@ -147,6 +149,55 @@ def test_a_connection_that_there_is_no_memory_for_is_none(
     refusing = False
     assert device.link.open(key) == 0, "the same place, which nobody has"
     assert device.link.open_connections == 1
+    device.link.close(0)
+
+
+def test_a_device_that_ends_in_a_hurry_is_no_ones_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop has not let go of its connections, whose memory goes: those that were joined to them know no other."""
+    hasty, other = (VsockDevice(cid, group="hurry") for cid in (61, 62))
+    with Poller() as poller, GuestMemory(16 * MIB) as one, GuestMemory(16 * MIB) as two:
+        try:
+            hasty.attach(poller)
+            other.attach(poller)
+            asking, asked = VsockDriver(FrontEnd(hasty), one), VsockDriver(FrontEnd(other), two)
+            asking.start()
+            asked.start()
+            with serving(hasty):
+                listener = asked.listen(80)
+                connecting = asking.connect(80, 62, wait=False)
+                sock = listener.accept()
+                connecting.wait_connected()
+            worker, port = other.link.worker, other.link.port
+            records = worker.connections
+            (joined,) = (slot for slot in list(other.link._held) if records[slot]["other"] >= 0)
+            gone = int(records[joined]["other"])
+            monkeypatch.setattr(hasty.link, "_hand_on", lambda *arguments: None)
+            monkeypatch.setattr("pyvhost.vsock.device.CLOSE_WAITS", 0.0)
+            hasty.close()
+            assert records[joined]["guest"] == port
+            assert records[joined]["other"] == records[gone]["other"] == -1
+            assert not records[gone]["open"]
+            sock.send(b"to nobody")
+            asked.wait_sent()
+        finally:
+            hasty.close()
+            other.close()
+
+
+def test_the_loop_is_woken_for_what_can_not_wait(
+    front: FrontEnd, device: VsockDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is opened waits for its first packet; who was told of nothing has nothing to say."""
+    bells = []
+    monkeypatch.setattr(os, "eventfd_write", lambda fd, number: bells.append(fd))
+    slot = device.link.open(Key(abi.TYPE_STREAM, 1, abi.VMADDR_CID_HOST, 2))
+    assert slot is not None
+    device.link.serve()
+    assert bells == []
+    device.link.send(slot, abi.OP_REQUEST)
+    assert len(bells) == 1
+    monkeypatch.undo()
+    device.link.close(slot)
 
 
 def test_a_driver_without_event_buffers_hears_nothing(front: FrontEnd, device: VsockDevice) -> None:
