@@ -16,6 +16,7 @@ import mmap
 import os
 import secrets
 import select
+import struct
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ import numpy as np
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.dataplane import blocks
 from pyvhost.dataplane import vsock_blocks as layout
-from pyvhost.dataplane.plain import load64, load64_acquire, store64, store64_release
+from pyvhost.dataplane.plain import load64_acquire, store64_release
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.vhost.worker import Int64s, WorkerPlace
@@ -56,6 +57,9 @@ _RECORDS: Final = 2 * layout.RECORD
 #: How long a command waits when the queue is full, seconds.
 _AGAIN: Final = 0.005
 _WORD: Final = 0xFFFFFFFF
+#: An entry of a queue.
+_ENTRY: Final = struct.Struct(f"={layout.ENTRY_BYTES // 8}q")
+_ZEROS: Final = (0,) * (layout.ENTRY_BYTES // 8)
 #: What the loop hears of a socket; PRI: there is an urgent byte.
 _WATCHED: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
 
@@ -91,9 +95,16 @@ class _Queue:
         # Pairs with the other side's release store, behind its last use of an entry.
         return load64_acquire(self.at + layout.QUEUE_TAKEN)
 
-    def entry(self, number: int) -> int:
-        """Where an entry lies."""
-        return self.at + layout.QUEUE_ENTRIES + (number & self.size - 1) * layout.ENTRY_BYTES
+    def get(self, number: int) -> tuple[int, ...]:
+        """An entry's words."""
+        return _ENTRY.unpack_from(self._memory.data, self._offset(number))
+
+    def set(self, number: int, words: tuple[int, ...]) -> None:
+        """Writes an entry; the words that are not given are 0."""
+        _ENTRY.pack_into(self._memory.data, self._offset(number), *words, *_ZEROS[len(words) :])
+
+    def _offset(self, number: int) -> int:
+        return layout.QUEUE_ENTRIES + (number & self.size - 1) * layout.ENTRY_BYTES
 
     def void(self, kinds: tuple[int, ...]) -> None:
         """Has entries of these kinds mean nothing; while the loop is paused."""
@@ -304,8 +315,7 @@ class Link:
         full = put - taken > _PACKETS // 2
         with self._batch():
             for number in range(taken, min(put, taken + _BATCH)):
-                entry = queue.entry(number)
-                words = [load64(entry + 8 * i) for i in range(layout.ENTRY_BYTES // 8)]
+                words = queue.get(number)
                 store64_release(queue.at + layout.QUEUE_TAKEN, number + 1)
                 try:
                     self._tell(words)
@@ -358,7 +368,7 @@ class Link:
         assert self.connections is not None
         return self.connections
 
-    def _tell(self, words: list[int]) -> None:
+    def _tell(self, words: tuple[int, ...]) -> None:
         kind, slot, a = words[:3]
         told = self._told()
         if kind == layout.TODO_PACKET:
@@ -412,9 +422,7 @@ class Link:
         put = queue.put
         room = queue.size - (put - queue.taken)
         while self._backlog and room:
-            entry = queue.entry(put)
-            for i, word in enumerate(self._backlog.popleft()):
-                store64(entry + 8 * i, word)
+            queue.set(put, self._backlog.popleft())
             put += 1
             room -= 1
         # Pairs with the loop's acquire load of the number.
