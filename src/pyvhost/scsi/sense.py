@@ -36,6 +36,7 @@ class Asc(enum.IntEnum):
     """Additional sense code and qualifier in one number (SPC-4, annex F.2)."""
 
     NO_ADDITIONAL_SENSE_INFORMATION = 0x0000
+    OPERATION_IN_PROGRESS = 0x0016
     NOT_READY_CAUSE_NOT_REPORTABLE = 0x0400
     NOT_READY_BECOMING_READY = 0x0401
     NOT_READY_INITIALIZING_COMMAND_REQUIRED = 0x0402

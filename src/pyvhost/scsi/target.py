@@ -127,6 +127,7 @@ class Target:
         elif cdb[0] == 0xA0:
             allocation = int.from_bytes(cdb[6:10], "big")
             data = identify.lun_list(self.numbers, allocation, cdb[2])
+            identify.forget_change(self.units, task.nexus)
         elif cdb[0] == 0x03:
             sense: Sense = NO_SENSE if well_known else identify.LOGICAL_UNIT_NOT_SUPPORTED
             data, allocation = sense.encode(bool(cdb[1] & 1)), cdb[4]

@@ -387,10 +387,11 @@ class LogicalUnit:
         await self._through()
 
     async def discard(self, lba: int, blocks: int) -> None:
-        """Unmap blocks."""
+        """Unmap blocks: they read as zeroes, where WCE is 0 after a loss of power as well."""
         offset, length = lba * self.block_size, blocks * self.block_size
         error = await Operation[int](lambda done: self.store.discard(offset, length, done))
         self._judge(error, lba, True)
+        await self._through()
 
     async def extents(self, lba: int, blocks: int) -> list[Extent]:
         """Which parts of a range hold data, in bytes."""

@@ -297,6 +297,77 @@ def test_copy_between_units(scene: Scene) -> None:
     assert status[4:7] == bytes([1, 0, 1])
 
 
+def copy_list(scene: Scene, blocks: int) -> bytes:
+    """A parameter list with list identifier 7: blocks from 0 on, to 32 on."""
+    target = bytes.fromhex("e4000000 01030008") + scene.unit.name.to_bytes(8, "big") + bytes(12)
+    segment = bytes.fromhex("02000018 0000 0000 0000") + blocks.to_bytes(2, "big")
+    segment += (0).to_bytes(8, "big") + (32).to_bytes(8, "big")
+    return (
+        bytes.fromhex("07 00 0020 00000000 0000001c 00000000") + target + bytes.fromhex("00000200") + segment
+    )
+
+
+def test_a_copy_that_goes_on(scene: Scene) -> None:
+    """Its status can be asked for, and its list identifier is taken."""
+    cdb = bytes.fromhex("8300 0000000000000000") + (76).to_bytes(4, "big") + bytes(2)
+    status = "84 00 07 00000000000000 00000100 00 00"
+    task = scene.begin(cdb, out=copy_list(scene, 4))
+    scene.store.step()
+    assert not task.ended
+    going = scene.begin(status, into=64)
+    assert data(going)[4] == 0
+    again = scene.begin(cdb, out=copy_list(scene, 4))
+    assert told(again) == (Key.ILLEGAL_REQUEST, Asc.OPERATION_IN_PROGRESS)
+    scene.store.settle()
+    assert task.status is Status.GOOD
+    assert data(scene.do(status))[4:7] == bytes([1, 0, 1])
+    assert told(scene.do(status)) == (Key.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_CDB), "it is told once"
+    assert scene.do(cdb, out=copy_list(scene, 4)).status is Status.GOOD
+
+
+def test_what_a_copy_may_ask_for_is_said_twice_the_same(scene: Scene) -> None:
+    page = data(scene.do("12 01 8f 1000 00"))[4:]
+    descriptors = {}
+    while page:
+        size = 4 + int.from_bytes(page[2:4], "big")
+        assert size % 4 == 0
+        descriptors[int.from_bytes(page[:2], "big")], page = page[4:size], page[size:]
+    assert sorted(descriptors) == [0x0001, 0x0004, 0x0008, 0x8001], "those that are mandatory"
+    parameters = data(scene.do("84 03 00 00000000000000 00000100 00 00"))
+    # CSCD descriptors, segments, bytes of descriptors; the longest segment; which descriptors; the granularity.
+    assert descriptors[0x0004][4:12] == parameters[8:16]
+    assert descriptors[0x8001][8:12] == parameters[16:20]
+    assert descriptors[0x0008][: 1 + parameters[43]] == parameters[43:]
+    assert descriptors[0x8001][12] == parameters[37]
+
+
+def test_who_has_asked_for_the_luns_knows_them(scene: Scene) -> None:
+    """Also of the well known unit, or of one that is not there, as a driver does that finds no LUN 0."""
+    for number, asked in ((1, REPORT_LUNS_WLUN), (2, 9)):
+        unit = LogicalUnit(RamStore())
+        unit.open(scene.poller)
+        scene.target.add(number, unit)
+        data(scene.do("a0 00 00 000000 00001000 00 00", lun=asked))
+        assert scene.do("00 00000000 00").status is Status.GOOD
+
+
+def test_log_parameters_that_are_not_there(scene: Scene) -> None:
+    assert data(scene.do("4d 00 2f 00 00 0000 00ff 00"))[0] == 0x2F
+    assert told(scene.do("4d 00 2f 00 00 0001 00ff 00")) == (Key.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_CDB)
+
+
+def test_without_wce_unmapped_blocks_stay_so(scene: Scene) -> None:
+    unmap = bytes.fromhex("0016 0010 00000000") + (4).to_bytes(8, "big") + bytes.fromhex("00000002 00000000")
+    scene.do("42 00 00000000 00 0018 00", out=unmap)
+    assert scene.store.log == ["discard"]
+    scene.store.log.clear()
+    select = bytes.fromhex("00000000 08 12") + bytes(18)
+    assert scene.do("15 10 00 00 18 00", out=select).status is Status.GOOD
+    scene.store.log.clear()
+    scene.do("42 00 00000000 00 0018 00", out=unmap)
+    assert scene.store.log == ["discard", "flush"]
+
+
 def test_eject() -> None:
     scene = Scene(removable=True)
     scene.do("1e 000000 01 00")

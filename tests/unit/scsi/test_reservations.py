@@ -70,6 +70,43 @@ def test_what_each_type_lets_others_do(cluster: Cluster, kind: int, registered: 
     assert cluster.may(cluster.c) == "rw"
 
 
+@pytest.mark.parametrize(
+    ("cdb", "who"),
+    [
+        ("12 00 00 00ff 00", "everybody"),
+        ("00 00000000 00", "everybody"),
+        ("25 00 00000000 0000 00 00", "everybody"),
+        ("4d 00 2f 00 00 0000 00ff 00", "everybody"),
+        ("a3 0c 00 00 0000 00001000 00 00", "everybody"),
+        ("a3 0d 00 00 0000 00000010 00 00", "everybody"),
+        ("84 03 00 00000000000000 00000100 00 00", "everybody"),
+        ("1e 00 00 00 00 00", "everybody"),
+        ("1a 00 3f 00 ff 00", "readers"),
+        ("3c 03 00 000000 000004 00", "readers"),
+        ("37 00 00 00000000 00ff 00", "readers"),
+        ("2f 00 00000000 00 0001 00", "readers"),
+        ("1e 00 00 00 01 00", "nobody"),
+        ("35 00 00000000 00 0000 00", "nobody"),
+        ("1d 04 00 0000 00", "nobody"),
+    ],
+)
+def test_what_a_stranger_may_ask(cluster: Cluster, cdb: str, who: str) -> None:
+    """SPC-4, table 68, and SBC-3, table 12: at a write exclusive reservation, and at one of exclusive access."""
+    for kind, allowed in ((1, who != "nobody"), (3, who == "everybody")):
+        assert cluster.out(cluster.a, 1, 0xA, kind=kind).status is Status.GOOD
+        status = cluster.do(cdb, nexus=cluster.c).status
+        assert status is (Status.GOOD if allowed else Status.RESERVATION_CONFLICT), kind
+        assert cluster.out(cluster.a, 2, 0xA, kind=kind).status is Status.GOOD
+
+
+def test_preempt_and_abort_lets_the_medium_go(cluster: Cluster) -> None:
+    assert cluster.out(cluster.b, 1, 0xB, kind=1).status is Status.GOOD
+    assert cluster.do("1e 00 00 00 01 00", nexus=cluster.b).status is Status.GOOD
+    assert cluster.unit.preventing == {cluster.b}
+    assert cluster.out(cluster.a, 5, 0xA, 0xB, kind=1).status is Status.GOOD
+    assert cluster.unit.preventing == set()
+
+
 def test_who_may_reserve_and_release(cluster: Cluster) -> None:
     assert cluster.out(cluster.c, 1, 0, kind=3).status is Status.RESERVATION_CONFLICT
     assert cluster.out(cluster.a, 1, 0xB, kind=3).status is Status.RESERVATION_CONFLICT
@@ -131,12 +168,16 @@ def test_move(cluster: Cluster) -> None:
     assert full.count(cluster.c.transport_id) == 1
 
 
-def test_reserve_6() -> None:
+@pytest.mark.parametrize(
+    ("reserve", "release"),
+    [("16 00000000 00", "17 00000000 00"), ("56 0000000000000000 00", "57 0000000000000000 00")],
+)
+def test_reserve(reserve: str, release: str) -> None:
     scene = Scene()
     other = scene.initiator("other")
-    assert scene.do("16 00000000 00").status is Status.GOOD
+    assert scene.do(reserve).status is Status.GOOD
     assert scene.do("00 00000000 00", nexus=other).status is Status.RESERVATION_CONFLICT
-    assert scene.do("17 00000000 00", nexus=other).status is Status.GOOD
+    assert scene.do(release, nexus=other).status is Status.GOOD
     assert scene.unit.fast(other) is Fast.NONE
     scene.target.detach(scene.nexus)
     assert scene.do("00 00000000 00", nexus=other).status is Status.GOOD

@@ -9,6 +9,7 @@ Promises: a list with a mistake copies nothing. Never: more than a megabyte in m
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,14 +38,16 @@ MAX_SEGMENTS = 64
 MAX_DESCRIPTORS = MAX_TARGETS * 32 + MAX_SEGMENTS * 28
 #: Most blocks of one segment: what its field can say.
 MAX_SEGMENT_BLOCKS = 0xFFFF
+#: DATA SEGMENT GRANULARITY: 512 bytes.
+GRANULARITY = 9
 _CHUNK = 1 << 20
 _REMEMBERED = 16
 #: Seconds that a result is kept for somebody to ask: SPC-4 lets a copy manager forget when it likes.
 KEPT = 1.0
 
-_IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
+IDENTIFICATION, BLOCK_TO_BLOCK = 0xE4, 0x02
 _TARGET_SIZE, _SEGMENT_SIZE = 32, 28
-_COMPLETED, _FAILED = 0x01, 0x02
+_IN_PROGRESS, _COMPLETED, _FAILED = 0x00, 0x01, 0x02
 
 
 #: A copy that came to no good end (SPC-4, 5.16.7.4).
@@ -60,7 +63,7 @@ class Result:
     blocks: int
     sense: bytes = b""
     #: When it was over, by the monotonic clock.
-    ended: float = 0.0
+    ended: float = math.inf
 
 
 @dataclass(slots=True)
@@ -97,9 +100,14 @@ async def extended_copy(request: Request) -> None:
         raise illegal(Asc.TOO_MANY_TARGET_DESCRIPTORS)
     if segments_length > MAX_SEGMENTS * _SEGMENT_SIZE:
         raise illegal(Asc.TOO_MANY_SEGMENT_DESCRIPTORS)
+    known = request.unit.copies.get((request.task.nexus, identifier))
+    if keeps and known is not None and known.status == _IN_PROGRESS:
+        raise illegal(Asc.OPERATION_IN_PROGRESS)
     units = _targets(request, data, 16, targets_length)
     segments = _segments(data, 16 + targets_length, segments_length, units)
-    result = Result(_FAILED, 0, 0)
+    result = Result(_IN_PROGRESS, 0, 0)
+    if keeps:
+        _remember(request, identifier, result)
     try:
         for segment in segments:
             await _copy(request, segment, result)
@@ -110,13 +118,14 @@ async def extended_copy(request: Request) -> None:
         # What went wrong is in FAILED SEGMENT DETAILS.
         raise CheckCondition(_ABORTED) from None
     finally:
-        if keeps:
-            _remember(request, identifier, result)
+        if result.status == _IN_PROGRESS:
+            result.status = _FAILED
+        result.ended = time.monotonic()
 
 
 def _remember(request: Request, identifier: int, result: Result) -> None:
     kept = request.unit.copies
-    result.ended = time.monotonic()
+    kept.pop((request.task.nexus, identifier), None)
     kept[request.task.nexus, identifier] = result
     while len(kept) > _REMEMBERED:
         del kept[next(iter(kept))]
@@ -126,7 +135,7 @@ def _targets(request: Request, data: bytes, at: int, length: int) -> list[Logica
     end = at + length
     found = []
     while at < end:
-        if data[at] != _IDENTIFICATION:
+        if data[at] != IDENTIFICATION:
             raise illegal(Asc.UNSUPPORTED_TARGET_DESCRIPTOR_TYPE_CODE, Field(at, in_cdb=False))
         if at + _TARGET_SIZE > end:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
@@ -161,7 +170,7 @@ def _segments(data: bytes, at: int, length: int, units: list[LogicalUnit]) -> li
     end = at + length
     found = []
     while at < end:
-        if data[at] != _BLOCK_TO_BLOCK:
+        if data[at] != BLOCK_TO_BLOCK:
             raise illegal(Asc.UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE_CODE, Field(at, in_cdb=False))
         if at + _SEGMENT_SIZE > end:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
@@ -230,11 +239,12 @@ def _recall(request: Request) -> Result:
 _RESULTS = "ff" + "00" * 7 + "ffffffff" + "00"
 
 
-@command("RECEIVE COPY RESULTS, COPY STATUS", 0x84, "00" + _RESULTS, action=0x00)
+@command("RECEIVE COPY RESULTS, COPY STATUS", 0x84, "00" + _RESULTS, action=0x00, access=Access.STATUS)
 async def copy_status(request: Request) -> None:
-    """How a copy went, by its list identifier; it is told once."""
+    """How a copy goes, by its list identifier; how it went is told once."""
     result = _recall(request)
-    del request.unit.copies[request.task.nexus, request.cdb[2]]
+    if result.status != _IN_PROGRESS:
+        del request.unit.copies[request.task.nexus, request.cdb[2]]
     data = bytearray(12)
     data[0:4] = (8).to_bytes(4, "big")
     data[4] = result.status
@@ -244,7 +254,9 @@ async def copy_status(request: Request) -> None:
     request.reply(data, request.number(10, 4))
 
 
-@command("RECEIVE COPY RESULTS, OPERATING PARAMETERS", 0x84, "00" + _RESULTS, action=0x03)
+@command(
+    "RECEIVE COPY RESULTS, OPERATING PARAMETERS", 0x84, "00" + _RESULTS, action=0x03, access=Access.STATUS
+)
 async def operating_parameters(request: Request) -> None:
     """What EXTENDED COPY can do (SPC-4, 6.18.4)."""
     data = bytearray(44)
@@ -255,17 +267,21 @@ async def operating_parameters(request: Request) -> None:
     data[16:20] = (MAX_SEGMENT_BLOCKS * request.unit.block_size).to_bytes(4, "big")
     data[34:36] = (1).to_bytes(2, "big")  # TOTAL CONCURRENT COPIES
     data[36] = 1  # MAXIMUM CONCURRENT COPIES
-    data[37] = 9  # DATA SEGMENT GRANULARITY: 512 bytes
-    data += bytes([_BLOCK_TO_BLOCK, _IDENTIFICATION])
+    data[37] = GRANULARITY
+    data += bytes([BLOCK_TO_BLOCK, IDENTIFICATION])
     data[43] = 2
     data[0:4] = (len(data) - 4).to_bytes(4, "big")
     request.reply(data, request.number(10, 4))
 
 
-@command("RECEIVE COPY RESULTS, FAILED SEGMENT DETAILS", 0x84, "00" + _RESULTS, action=0x04)
+@command(
+    "RECEIVE COPY RESULTS, FAILED SEGMENT DETAILS", 0x84, "00" + _RESULTS, action=0x04, access=Access.STATUS
+)
 async def failed_segment_details(request: Request) -> None:
     """What a copy that failed had to say; nothing for one that didn't."""
     result = _recall(request)
+    if result.status == _IN_PROGRESS:
+        raise invalid_cdb(2)
     if not result.sense:
         request.reply(bytes(4), request.number(10, 4))
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from pyvhost.scsi.commands import compare, provisioning
+from pyvhost.scsi.commands import compare, copy, provisioning
 from pyvhost.scsi.commands.request import Request
 from pyvhost.scsi.commands.table import command
-from pyvhost.scsi.nexus import PROTOCOL_SAS
+from pyvhost.scsi.nexus import PROTOCOL_SAS, Nexus
 from pyvhost.scsi.reservations import Access
 from pyvhost.scsi.sense import NO_SENSE, Asc, Key, Sense, invalid_cdb
 
@@ -123,12 +123,33 @@ def _mode_page_policy(_unit: LogicalUnit) -> bytes:
     return bytes([0x3F, 0xFF, 0x00, 0x00])  # all pages: shared
 
 
-def _third_party_copy(_unit: LogicalUnit) -> bytes:
-    """Supported commands: EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4, 7.8.17)."""
+def _third_party_copy(unit: LogicalUnit) -> bytes:
+    """What EXTENDED COPY(LID1) can do, in the descriptors that are mandatory with it (SPC-4, 7.8.17)."""
     commands = bytes([0x83, 1, 0x00]) + bytes([0x84, 3, 0x00, 0x03, 0x04])
-    content = bytes([len(commands)]) + commands
-    content += bytes(-(4 + len(content)) % 4)
-    return (0x0001).to_bytes(2, "big") + len(content).to_bytes(2, "big") + content
+    codes = bytes([copy.BLOCK_TO_BLOCK, copy.IDENTIFICATION])
+    parameters = bytearray(28)
+    parameters[4:6] = copy.MAX_TARGETS.to_bytes(2, "big")
+    parameters[6:8] = copy.MAX_SEGMENTS.to_bytes(2, "big")
+    parameters[8:12] = copy.MAX_DESCRIPTORS.to_bytes(4, "big")
+    operations = bytearray(32)
+    operations[0:4] = operations[4:8] = (1).to_bytes(
+        4, "big"
+    )  # TOTAL, and MAXIMUM IDENTIFIED CONCURRENT COPIES
+    operations[8:12] = (copy.MAX_SEGMENT_BLOCKS * unit.block_size).to_bytes(4, "big")
+    operations[12] = copy.GRANULARITY
+    return b"".join(
+        kind.to_bytes(2, "big") + len(content).to_bytes(2, "big") + content
+        for kind, content in (
+            (0x0001, _padded(bytes([len(commands)]) + commands)),
+            (0x0004, bytes(parameters)),
+            (0x0008, _padded(bytes([len(codes)]) + codes)),
+            (0x8001, bytes(operations)),
+        )
+    )
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 4)
 
 
 def _block_limits(unit: LogicalUnit) -> bytes:
@@ -210,8 +231,13 @@ async def report_luns(request: Request) -> None:
     luns = [request.unit.lun] if target is None else target.numbers
     allocation = request.number(6, 4)
     request.reply(lun_list(luns, allocation, request.cdb[2]), allocation)
-    for unit in [request.unit] if target is None else target.units:
-        unit.attentions.clear(request.task.nexus, Asc.REPORTED_LUNS_DATA_HAS_CHANGED)
+    forget_change([request.unit] if target is None else target.units, request.task.nexus)
+
+
+def forget_change(units: Iterable[LogicalUnit], nexus: Nexus) -> None:
+    """Who has been told which units there are need not hear from any that they have changed (SPC-4, 6.33)."""
+    for unit in units:
+        unit.attentions.clear(nexus, Asc.REPORTED_LUNS_DATA_HAS_CHANGED)
         unit.refresh()
 
 

@@ -153,7 +153,7 @@ def _check_descriptor(request: Request, descriptor: bytes, at: int, long_lba: bo
 _LOG_PAGES = {0x00: bytes([0x00, 0x2F]), 0x2F: bytes([0x00, 0x00, 0x03, 0x04, 0x00, 0x00, 0x00, 0x00])}
 
 
-@command("LOG SENSE", 0x4D, "01ffff00ffffffff")
+@command("LOG SENSE", 0x4D, "01ffff00ffffffff", access=Access.STATUS)
 async def log_sense(request: Request) -> None:
     """Log pages; there is little to log that the host's own counters don't say better."""
     if request.bit(1, 0):
@@ -166,5 +166,7 @@ async def log_sense(request: Request) -> None:
         content = bytes([0x00, 0x00, 0x00, 0xFF, 0x2F, 0x00])
     elif subcode:
         raise invalid_cdb(3)
+    if request.number(5, 2):
+        raise invalid_cdb(5)  # PARAMETER POINTER: no parameter has a code above 0
     head = bytes([code | (0x40 if subcode else 0), subcode]) + len(content).to_bytes(2, "big")
     request.reply(head + content, request.number(7, 2))

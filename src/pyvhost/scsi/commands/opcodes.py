@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pyvhost.scsi.commands.request import Request
 from pyvhost.scsi.commands.table import TABLE, Command, command
+from pyvhost.scsi.reservations import Access
 from pyvhost.scsi.sense import invalid_cdb
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ _TIMEOUTS = (10).to_bytes(2, "big") + bytes(10)
 
 
 @command(
-    "REPORT SUPPORTED OPERATION CODES", 0xA3, "00" + "87" + "ff" + "ffff" + "ffffffff" + "00", action=0x0C
+    "REPORT SUPPORTED OPERATION CODES",
+    0xA3,
+    "00" + "87" + "ff" + "ffff" + "ffffffff" + "00",
+    action=0x0C,
+    access=Access.STATUS,
 )
 async def report_supported_operation_codes(request: Request) -> None:
     """Every command, or what the CDB of one may hold."""
@@ -69,6 +74,7 @@ def _one(entry: Command | None, with_timeouts: bool) -> bytes:
     0xA3,
     "00" + "80" + "000000" + "ffffffff" + "00",
     action=0x0D,
+    access=Access.STATUS,
 )
 async def report_supported_task_management_functions(request: Request) -> None:
     """All of them: ABORT TASK (SET), CLEAR ACA, CLEAR TASK SET, LOGICAL UNIT and I_T NEXUS RESET, the queries."""

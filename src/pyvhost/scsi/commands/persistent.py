@@ -1,4 +1,4 @@
-"""PERSISTENT RESERVE IN and OUT, RESERVE(6) and RELEASE(6) (SPC-4 6.15, 6.16; SPC-2 7.16, 7.21).
+"""PERSISTENT RESERVE IN and OUT, RESERVE and RELEASE, 6 and 10 (SPC-4 6.15, 6.16; SPC-2 7.16, 7.17, 7.21, 7.22).
 
 Promises: with APTPL, what PERSISTENT RESERVE OUT did is in the file at its status.
 """
@@ -24,6 +24,7 @@ _TRANSPORT_ID = 24
 
 
 @command("RESERVE(6)", 0x16, "00000000", access=Access.LEGACY)
+@command("RESERVE(10)", 0x56, "00" * 8, access=Access.LEGACY)
 async def reserve_6(request: Request) -> None:
     """Reserve the unit for this nexus."""
     request.unit.reservations.reserve(request.task.nexus)
@@ -31,6 +32,7 @@ async def reserve_6(request: Request) -> None:
 
 
 @command("RELEASE(6)", 0x17, "00000000", access=Access.LEGACY_RELEASE)
+@command("RELEASE(10)", 0x57, "00" * 8, access=Access.LEGACY_RELEASE)
 async def release_6(request: Request) -> None:
     """Release it. From a nexus that doesn't hold it, GOOD and nothing else."""
     request.unit.reservations.release(request.task.nexus)
@@ -260,6 +262,8 @@ async def preempt_and_abort(request: Request) -> None:
     tasks = [other for other in unit.tasks if other.nexus.wwn in removed and other is not task]
     if unit.tasks.faulted is not None and unit.tasks.faulted.wwn in removed:
         unit.tasks.clear_aca()
+    # Nor does anybody of them keep the medium in any longer (SPC-4, 5.13.11.2.6).
+    unit.preventing -= {nexus for nexus in unit.preventing if nexus.wwn in removed}
 
     def begin(done: Callable[[None], None]) -> None:
         # One hop later: there may be nothing to abort, and an operation never ends within its beginning.
