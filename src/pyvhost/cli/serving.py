@@ -19,6 +19,8 @@ from pyvhost.cli.guests.base import dying_with_parent
 
 #: Lines kept of what it prints.
 LINES = 2000
+#: Seconds that it may take to end: some, where the machine is busy.
+_PATIENCE = 20
 
 
 class ServingError(RuntimeError):
@@ -94,7 +96,7 @@ class Serving:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(5)
+                self.process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         status = self.process.wait()
