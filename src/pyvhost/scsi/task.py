@@ -126,7 +126,10 @@ class Task:
 
     @property
     def overflow(self) -> bool:
-        """Whether the command had more to move than a buffer took: the residual is what didn't fit."""
+        """Whether the command had more to move than a buffer took: the residual is what didn't fit.
+
+        One that was refused, or failed, had nothing to move in the end: its sense data say why.
+        """
         return self._excess() > 0
 
     @property
@@ -138,6 +141,8 @@ class Task:
         return self.out_length + self.in_length - self.transferred_out - self.transferred_in
 
     def _excess(self) -> int:
+        if self.status is Status.CHECK_CONDITION:
+            return 0
         out = max(0, (self.wanted_out or 0) - self.out_length)
         return out + max(0, (self.wanted_in or 0) - self.in_length)
 

@@ -115,6 +115,23 @@ def test_compare_and_write(scene: Scene) -> None:
     assert scene.store.data[:512] == b"c" * 512
 
 
+@pytest.mark.parametrize(
+    ("cdb", "asc"),
+    [
+        ("89 00 0000000000000000 000000 02 00 00", Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT),
+        ("41 00 00000000 00 0002 00", Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT),
+        ("42 00 00000000 00 0200 00", Asc.PARAMETER_LIST_LENGTH_ERROR),
+        ("55 10 0000000000 0200 00", Asc.PARAMETER_LIST_LENGTH_ERROR),
+        ("5f 06 00 0000 00000200 00", Asc.PARAMETER_LIST_LENGTH_ERROR),
+    ],
+)
+def test_a_command_that_is_refused_for_its_data_moves_nothing(scene: Scene, cdb: str, asc: Asc) -> None:
+    """Sense data say so, and no overflow: a driver would take that for a transport's failure, and try again."""
+    task = scene.do(cdb, out=bytes(100))
+    assert told(task) == (Key.ILLEGAL_REQUEST, asc)
+    assert (task.residual, task.overflow) == (100, False)
+
+
 def test_nothing_comes_between_compare_and_write(scene: Scene) -> None:
     swap = "89 00 0000000000000000 000000 01 00 00"
     first = scene.begin(swap, out=bytes(512) + b"a" * 512)

@@ -98,6 +98,11 @@ ENDS = {
         abi.S_OVERRUN,
         10,
     ),
+    "refused, because there was not enough": (
+        {"outcome": Outcome.STATUS, "status": Status.CHECK_CONDITION, "wanted_in": 50},
+        abi.S_OK,
+        40,
+    ),
     "aborted": ({"outcome": Outcome.ABORTED, "transferred_in": 20}, abi.S_ABORTED, 0),
     "reset": ({"outcome": Outcome.RESET}, abi.S_RESET, 0),
 }
