@@ -23,6 +23,7 @@ def test_every_direction_is_measured_and_written(tmp_path: Path, capsys: pytest.
         assert row["kernel"] > 30_000
     assert found["rows"][0]["peer_share"] == pytest.approx(0.28, abs=0.01)
     assert found["connections"] > 0
+    assert (tmp_path / "bench-vsock.svg").read_text().startswith("<?xml")
     assert "guest to host, 4096" in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from pyvhost.cli.bench import vsock_ends
+from pyvhost.cli.bench import vsock_ends, vsock_plot
 from pyvhost.cli.bench.backend import BackEnd, BackEndError
 from pyvhost.cli.bench.counting import CannotCountError
 from pyvhost.cli.bench.machine import ended_by_signals, favour, favoured, scratch_directory
@@ -58,9 +58,14 @@ class Row:
     peer: float | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratios(self) -> list[float]:
         """Ours over the pair's, turn by turn."""
-        return statistics.median(a / b for a, b in zip(self.ours, self.pair, strict=True))
+        return [a / b for a, b in zip(self.ours, self.pair, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Their median."""
+        return statistics.median(self.ratios)
 
     @property
     def peer_share(self) -> float | None:
@@ -97,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("build/out"),
         metavar="DIR",
-        help="where bench-vsock.json goes (default: %(default)s)",
+        help="where bench-vsock.json and bench-vsock.svg go (default: %(default)s)",
     )
 
 
@@ -130,7 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
     found = {"rows": [row.as_dict() for row in rows], "connections": connections}
     found["settings"] = {"rx_buffer": arguments.rx_buffer, "python": sys.version.split()[0]}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"written: {path}", highlight=False)
+    drawn = path.with_suffix(".svg")
+    try:
+        titles = [f"{row.direction}, {_bytes(row.size)}" for row in rows]
+        vsock_plot.draw(titles, [row.ratios for row in rows], [row.peer_share for row in rows], drawn)
+        console.print(f"written: {path}, {drawn}", highlight=False)
+    except ImportError:
+        console.print(f"written: {path}; not drawn: install matplotlib", highlight=False)
     return 0
 
 
@@ -207,6 +218,10 @@ def _table(rows: list[Row]) -> Table:
             _shown(row.peer_share, "{:.2f}"),
         )
     return table
+
+
+def _bytes(size: int) -> str:
+    return f"{size >> 10} KiB" if size >= 1024 else f"{size} B"
 
 
 def _shown(value: float | None, form: str) -> str:
