@@ -335,7 +335,7 @@ def _vsock() -> Found:
     except OSError:
         known = False
     state = "is there" if known else "is not loaded"
-    return Found(State.NOTE, f"the host's own vsock {state}; nothing here uses it yet")
+    return Found(State.NOTE, f"the host's AF_VSOCK {state}; only --forward wants it, with vsock_loopback")
 
 
 def _hugepages() -> Found:
@@ -393,7 +393,7 @@ CHECKS: Final = (
     Check(BACKENDS, "tap", "--backend tap:NAME", _tap),
     Check(BACKENDS, "packet", "--backend packet:IFNAME", _packet),
     Check(BACKENDS, "user", "--backend user", _passt),
-    Check(BACKENDS, "vsock", "", _vsock),
+    Check(BACKENDS, "vsock", "pyvhost vsock --forward", _vsock),
     Check(STORES, "files, block devices, memory", "--lun", _without_anything),
     Check(STORES, "NBD", "--lun nbd:URI", _libnbd),
     Check(STORES, "io_uring", "reads and writes without Python", _io_uring),

@@ -17,6 +17,7 @@ from typing import Final
 PATIENCE: Final = 30.0
 _CHUNK: Final = 1 << 16
 _LINE: Final = 32
+_NOBODY: Final = "does `pyvhost vsock --uds-path` serve it?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def reach(path: str, port: int) -> socket.socket:
         try:
             sock.connect(path)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from None
+            raise OSError(error.errno, f"{error.strerror}; {_NOBODY}", path) from None
         sock.sendall(f"CONNECT {port}\n".encode())
         line = b""
         # What is behind the line is the guest's.

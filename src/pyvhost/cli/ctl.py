@@ -10,18 +10,9 @@ import argparse
 import json
 import sys
 
+from pyvhost.cli.arguments import seconds
 from pyvhost.control import client
 from pyvhost.control.protocol import RefusedError
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to 86400")
-    return seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "`pyvhost ctl SOCKET help` lists what a device can be asked."
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds(0.001, 86400),
         default=60.0,
         metavar="S",
         help="seconds to wait for an answer (default: 60)",

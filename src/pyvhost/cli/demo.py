@@ -1,4 +1,4 @@
-"""`pyvhost demo`: two guests that nobody here wrote, their network cards and a disk served by one process, watched.
+"""`pyvhost demo`: two guests that nobody here wrote, their cards, disk and sockets served by one process, watched.
 
 Promises: needs no root and touches nothing of the host's network: the guests meet in a switch within the serving
 process; ends by itself, with a summary, and leaves nothing behind. Where no guest can be booted it uses the
@@ -22,6 +22,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from pyvhost.cli.arguments import seconds
 from pyvhost.cli.demo_disk import make_disk
 from pyvhost.cli.demo_guests import KINDS, DemoError, Ends, make_ends
 from pyvhost.cli.guests import GuestError
@@ -48,24 +49,19 @@ _LOOK_SECONDS = 0.5
 _PRINT_SECONDS = 5.0
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 3600")
-    return seconds
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost demo`."""
     parser.description = (
-        "Boot two unmodified Linux guests whose network cards and disk pyvhost serves: one mounts the disk, pings "
-        "the other and sends it data over TCP. Watch what is served. Needs no root. Ends by itself."
+        "Boot two unmodified Linux guests whose network cards, disk and sockets pyvhost serves: one mounts the disk, "
+        "pings the other, answers on a vsock port and sends the other data over TCP. Watch what is served. Needs no "
+        "root. Ends by itself."
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=10.0, metavar="N", help="how long to transfer (default: 10)"
+        "--seconds",
+        type=seconds(1, 3600),
+        default=10.0,
+        metavar="N",
+        help="how long to transfer (default: 10)",
     )
     parser.add_argument(
         "--guest",

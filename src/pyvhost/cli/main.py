@@ -27,7 +27,7 @@ COMMANDS: Final = (
     (
         "demo",
         "pyvhost.cli.demo",
-        "boot guests and watch them use network cards and a disk that are served here",
+        "boot guests and watch them use network cards, a disk and sockets that are served here",
     ),
     ("top", "pyvhost.cli.top", "watch what is served"),
     ("doctor", "pyvhost.cli.doctor", "what this host can do, and what to install for the rest"),
@@ -82,7 +82,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if name in words:
             _fill(sub, module)
     bench = commands.add_parser("bench", help="measure against a peer, in the same run")
-    kinds = bench.add_subparsers(dest="bench", required=True)
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="{net,scsi,ring,vsock}")
     for name, module, what in BENCHES:
         sub = kinds.add_parser(name, help=what, description=what)
         if "bench" in words:

@@ -12,19 +12,10 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 
+from pyvhost.cli.arguments import seconds
 from pyvhost.observe.reader import Snapshot, snapshot
 
 LOOPBACK = "127.0.0.1"
-
-
-def _interval(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0.05 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.05 to 86400")
-    return seconds
 
 
 def _endpoint(text: str) -> tuple[str, int]:
@@ -37,9 +28,16 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyvhost top`."""
-    parser.description = "Watch what is served: packets, drops, kicks, calls and system calls of each queue."
+    parser.description = (
+        "Watch what is served: each disk's operations and latencies, each guest's sockets, each queue's packets, "
+        "drops, notifications and system calls."
+    )
     parser.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between two looks (default: 1)"
+        "--interval",
+        type=seconds(0.05, 86400),
+        default=1.0,
+        metavar="S",
+        help="seconds between two looks (default: 1)",
     )
     parser.add_argument("--once", action="store_true", help="look at one interval, and end")
     parser.add_argument("--json", action="store_true", help="print JSON, one line an interval")

@@ -79,7 +79,7 @@ def _possible(args: argparse.Namespace) -> bool:
     if len(args.guest_cid) != guests:
         words = f"{guests} --socket-path want as many --guest-cid, not {len(args.guest_cid)}"
         if guests == 1:
-            words = "give --guest-cid, one"
+            words = "give one --guest-cid for the one --socket-path or --fd"
     elif args.uds_path and len(args.uds_path) != guests:
         words = f"{guests} guests have {guests} --uds-path or none, not {len(args.uds_path)}"
     elif len(set(args.guest_cid)) != guests:

@@ -55,7 +55,9 @@ def ask(path: str, command: str, arguments: list[str], timeout: float = 60.0) ->
         except (TimeoutError, BlockingIOError):
             raise OSError(errno.ETIMEDOUT, f"{where}: no answer within {timeout:g} s") from None
         except OSError as error:
-            raise OSError(error.errno, f"{where}: {error.strerror}") from None
+            nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+            why = f"{error.strerror}; is a device served there?" if nobody else error.strerror
+            raise OSError(error.errno, f"{where}: {why}") from None
     try:
         return protocol.parse_reply(bytes(reply))
     except ValueError:

@@ -61,7 +61,7 @@ def listen(
 
     `mode`: the file's permissions, from its first moment; None: what the umask leaves. `kind`: SOCK_STREAM or
     SOCK_SEQPACKET. OSError EADDRINUSE: a process listens there (the text names it); EEXIST: something else than a
-    socket lies there; otherwise as bind(2).
+    socket lies there; ENOENT: its folder is absent; otherwise as bind(2).
     """
     check_name(path)
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -72,6 +72,8 @@ def listen(
         try:
             sock.bind(path)
         except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise OSError(errno.ENOENT, f"{path}: there is no folder {os.path.dirname(path)}") from None
             if error.errno != errno.EADDRINUSE:
                 raise OSError(error.errno, f"{path}: {error.strerror}") from None
             _clear(path, kind)

@@ -82,9 +82,9 @@ class NetDevice(Device):
         self.switch: SwitchPlane | None = None
         self.member = -1
         self._mac = _parse_mac(mac) if mac is not None else None
+        if mtu is not None and not _MIN_MTU <= mtu <= _MAX_MTU:
+            raise ValueError(f"mtu is {mtu}, expected {_MIN_MTU} to {_MAX_MTU}")
         self._mtu = mtu
-        if mtu is not None:
-            self.set_mtu(mtu)
         self._pcap = pcap
         self._recorder: Recorder | None = None
         self._status = abi.S_LINK_UP

@@ -72,9 +72,12 @@ class Server:
         """Serve `device` on a Unix stream socket that was handed over, listening or connected; it is ours now.
 
         When all that was handed over are connected sockets, `run` returns with the last front end.
-        OSError ENOTSOCK, EPROTOTYPE: it is no such socket.
+        OSError EBADF, ENOTSOCK, EPROTOTYPE: it is no such socket.
         """
-        sock = socket.socket(fileno=fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise OSError(error.errno, f"descriptor {fd}: {error.strerror}") from None
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             sock.detach()
             raise OSError(errno.EPROTOTYPE, f"descriptor {fd} is not a Unix stream socket")

@@ -87,4 +87,7 @@ def test_nobody_there(path: Path) -> None:
     with started(path) as child:
         _, error = child.communicate(timeout=PATIENCE)
         assert child.returncode == 1
-        assert error.decode() == f"pyvhost: {path}: No such file or directory\n"
+        assert (
+            error.decode()
+            == f"pyvhost: {path}: No such file or directory; does `pyvhost vsock --uds-path` serve it?\n"
+        )

@@ -91,7 +91,7 @@ def test_an_address_that_is_no_stations(mac: str | bytes) -> None:
 
 @pytest.mark.parametrize("mtu", [67, 65536, 0, -1])
 def test_an_mtu_that_can_not_be(mtu: int) -> None:
-    with pytest.raises(OSError, match="mtu"):
+    with pytest.raises(ValueError, match="mtu"):
         NetDevice("loop", mtu=mtu)
 
 

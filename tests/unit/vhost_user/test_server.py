@@ -253,6 +253,19 @@ def test_a_listening_socket_that_was_handed_over_serves_one_after_another_and_ke
     assert os.path.exists(path)
 
 
+def test_a_folder_that_is_not_there_is_named(server: Server, device: RecordingDevice, tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "vm0.sock"
+    with pytest.raises(FileNotFoundError, match=f"{path}: there is no folder {path.parent}$"):
+        server.listen(str(path), device)
+
+
+def test_a_descriptor_that_is_not_open_is_named(server: Server, device: RecordingDevice) -> None:
+    # No limit on open files lets a number be so high.
+    with pytest.raises(OSError, match="descriptor 2147483647: ") as caught:
+        server.serve_fd(2**31 - 1, device)
+    assert caught.value.errno == errno.EBADF
+
+
 def test_a_descriptor_that_is_no_unix_socket_is_refused_and_stays_the_callers(
     server: Server, device: RecordingDevice
 ) -> None:
@@ -261,7 +274,7 @@ def test_a_descriptor_that_is_no_unix_socket_is_refused_and_stays_the_callers(
             server.serve_fd(inet.fileno(), device)
         assert is_open(inet.fileno())
     fd = spare_fd()
-    with pytest.raises(OSError, match="socket"):
+    with pytest.raises(OSError, match=f"descriptor {fd}: .*socket"):
         server.serve_fd(fd, device)
     assert is_open(fd)
     os.close(fd)

@@ -55,8 +55,15 @@ class FileStore(DescriptorStore):
         self._gone = False
 
     def open(self, poller: Poller) -> None:
-        """Open and lock it. OSError: EBUSY: somebody else has it; EINVAL: it can't be a disk, or not this way."""
-        fd = self._open()
+        """Open and lock it.
+
+        OSError: ENOENT: there is none; EBUSY: somebody else has it; EINVAL: it can't be a disk, or not this way.
+        """
+        try:
+            fd = self._open()
+        except FileNotFoundError as error:
+            hint = f"{error.strerror} (`truncate -s 10G FILE` makes an empty disk)"
+            raise FileNotFoundError(error.errno, hint, self.path) from None
         try:
             self._learn(fd)
         except BaseException:

@@ -54,6 +54,14 @@ def test_what_is_written_is_in_the_file(image: Path, poller: Poller, direct: boo
     assert len(data) == 16 * MIB
 
 
+def test_a_file_that_is_not_there_is_named_with_what_makes_one(tmp_path: Path, poller: Poller) -> None:
+    path = tmp_path / "absent.img"
+    with pytest.raises(FileNotFoundError, match="truncate -s 10G FILE") as caught:
+        FileStore(str(path)).open(poller)
+    assert caught.value.filename == str(path)
+    assert not path.exists()
+
+
 def test_memory_that_direct_io_cannot_take_is_taken_all_the_same(
     image: Path, poller: Poller, direct: bool | None
 ) -> None:
