@@ -59,6 +59,8 @@ _AGAIN: Final = 0.005
 _WORD: Final = 0xFFFFFFFF
 #: An entry of a queue.
 _ENTRY: Final = struct.Struct(f"={layout.ENTRY_BYTES // 8}q")
+#: What a signed word's highest bit counts.
+_TOP: Final = 1 << 63
 _ZEROS: Final = (0,) * (layout.ENTRY_BYTES // 8)
 #: What the loop hears of a socket; PRI: there is an urgent byte.
 _WATCHED: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP
@@ -101,7 +103,13 @@ class _Queue:
 
     def set(self, number: int, words: tuple[int, ...]) -> None:
         """Writes an entry; the words that are not given are 0."""
-        _ENTRY.pack_into(self._memory.data, self._offset(number), *words, *_ZEROS[len(words) :])
+        at, rest = self._offset(number), _ZEROS[len(words) :]
+        try:
+            _ENTRY.pack_into(self._memory.data, at, *words, *rest)
+        except struct.error:
+            # Only a CID that a guest has made up takes more than 63 bits.
+            signed = ((word & _TOP - 1) - (word & _TOP) for word in words)
+            _ENTRY.pack_into(self._memory.data, at, *signed, *rest)
 
     def _offset(self, number: int) -> int:
         return layout.QUEUE_ENTRIES + (number & self.size - 1) * layout.ENTRY_BYTES
