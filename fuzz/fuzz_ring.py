@@ -13,22 +13,14 @@ process. Exit status 1 then.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import mmap
-import os
 import random
-import select
-import signal
 import sys
 import threading
-import time
-import traceback
-from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).resolve().parent
-_HANGS_AFTER_SECONDS = 300
+from in_child import Cases, main
+
 _RACE_EVERY = 8
 _RACE_ROUNDS = 200
 
@@ -103,75 +95,21 @@ def _race(dice: random.Random, scribble: Any) -> None:
     scene.check_memory()
 
 
-def _run(seed: int, only: int | None, seconds: float, current: mmap.mmap) -> int:
-    """The cases, in this process; 0, or 1 after saying which one failed."""
-    sys.path[:0] = [str(_HERE.parent / "tests"), str(_HERE.parent / "src")]
+def _play(cases: Cases) -> None:
     from model.ring_scene import Scene
     from pyvhost.dataplane.policy import PLAIN
 
     scribble = None if PLAIN else _scribbler()
-    end = time.monotonic() + seconds
-    case = 0 if only is None else only
-    while only is not None or time.monotonic() < end:
-        current[:8] = case.to_bytes(8, "little")
-        dice = random.Random(f"{seed}/{case}")
-        try:
-            if scribble is not None and case % _RACE_EVERY == _RACE_EVERY - 1:
-                _race(dice, scribble)
-            else:
-                scene = Scene(dice)
-                try:
-                    scene.play()
-                finally:
-                    scene.close()
-        except AssertionError:
-            traceback.print_exc()
-            return 1
-        case += 1
-        if only is not None:
-            break
-    print(f"fuzz_ring: {case if only is None else 1} cases", flush=True)
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the split ring's kernels.")
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
-    arguments = parser.parse_args()
-
-    # The cases run in a child: whatever happens to it, somebody is left who says at which case.
-    current = mmap.mmap(-1, mmap.PAGESIZE)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = _run(arguments.seed, arguments.case, arguments.seconds, current)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    handle = os.pidfd_open(child)
-    before = b""
-    hung = False
-    while not select.select([handle], [], [], _HANGS_AFTER_SECONDS)[0]:
-        if current[:8] == before:
-            hung = True
-            os.kill(child, signal.SIGKILL)
-        before = current[:8]
-    os.close(handle)
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        return 0
-    case = int.from_bytes(current[:8], "little")
-    code = os.waitstatus_to_exitcode(status)
-    how = "does not end" if hung else f"ended by {signal.Signals(-code).name}" if code < 0 else "failed"
-    print(f"fuzz_ring: {how}; again with: --seed {arguments.seed} --case {case}", file=sys.stderr)
-    return 1
+    for case, dice in cases:
+        if scribble is not None and case % _RACE_EVERY == _RACE_EVERY - 1:
+            _race(dice, scribble)
+        else:
+            scene = Scene(dice)
+            try:
+                scene.play()
+            finally:
+                scene.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("fuzz_ring", "Fuzz the split ring's kernels.", _play))

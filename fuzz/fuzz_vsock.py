@@ -14,25 +14,19 @@ process. Exit status 1 then.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import mmap
-import os
 import random
-import select
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).resolve().parent
-_HANGS_AFTER_SECONDS = 300
+from in_child import Cases, give_up, main
+
 _CLOSES_WITHIN_SECONDS = 15
 _STEPS = 150
 _BUFFER = 16384
@@ -366,71 +360,21 @@ def _case(dice: random.Random, host: _Host, neighbour: Any, sock: Any) -> None:
     assert sock.recv_exactly(len(data)) == data
 
 
-def _run(seed: int, only: int | None, seconds: float, current: mmap.mmap) -> int:
-    """The cases, in this process; 0, or 1 after saying which one failed."""
-    sys.path[:0] = [str(_HERE.parent / "tests"), str(_HERE.parent / "src")]
+def _play(cases: Cases) -> None:
     complaints = _Complaints()
     logging.getLogger("pyvhost").addHandler(complaints)
     logging.getLogger("pyvhost").propagate = False
-    end = time.monotonic() + seconds
-    case = 0 if only is None else only
     with tempfile.TemporaryDirectory() as folder:
         host = _Host(Path(folder))
         with host.scene, _neighbour(host) as (neighbour, sock):
-            while only is not None or time.monotonic() < end:
-                current[:8] = case.to_bytes(8, "little")
+            for _, dice in cases:
                 try:
-                    _case(random.Random(f"{seed}/{case}"), host, neighbour, sock)
+                    _case(dice, host, neighbour, sock)
                     assert not complaints.found, complaints.found[0]
                 except Exception:
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-                case += 1
-                if only is not None:
-                    break
-    print(f"fuzz_vsock: {case if only is None else 1} cases", flush=True)
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the socket device.")
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
-    arguments = parser.parse_args()
-
-    # The cases run in a child: whatever happens to it, somebody is left who says at which case.
-    current = mmap.mmap(-1, mmap.PAGESIZE)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = _run(arguments.seed, arguments.case, arguments.seconds, current)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    handle = os.pidfd_open(child)
-    before = b""
-    hung = False
-    while not select.select([handle], [], [], _HANGS_AFTER_SECONDS)[0]:
-        if current[:8] == before:
-            hung = True
-            os.kill(child, signal.SIGKILL)
-        before = current[:8]
-    os.close(handle)
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        return 0
-    case = int.from_bytes(current[:8], "little")
-    code = os.waitstatus_to_exitcode(status)
-    how = "does not end" if hung else f"ended by {signal.Signals(-code).name}" if code < 0 else "failed"
-    print(f"fuzz_vsock: {how}; again with: --seed {arguments.seed} --case {case}", file=sys.stderr)
-    return 1
+                    # What a broken device has of the scene might never be given back.
+                    give_up()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("fuzz_vsock", "Fuzz the socket device.", _play))
