@@ -36,12 +36,6 @@ def host() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
-
-
 def who_has_the_gateway() -> bytes:
     arp = (
         struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1)

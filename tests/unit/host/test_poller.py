@@ -15,12 +15,6 @@ from pyvhost.host.poller import Poller, Timer
 
 
 @pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
-
-
-@pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     reader, writer = os.pipe()
     try:

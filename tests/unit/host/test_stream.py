@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,12 +35,6 @@ class Seen:
         guard.cancel()
         assert len(self.fds) > before, "it was told of no change"
         return self.fds[-1]
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 @pytest.fixture

@@ -6,35 +6,21 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backend_user import Device
-from netns import network_namespace
-from pyvhost.host import interface, tap
+from pyvhost.host import interface
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.net.backends import registry, user
 from pyvhost.net.backends.generate import udp_frame
 from pyvhost.net.backends.switch import SwitchBackend, switches
 from pyvhost.net.backends.user import UserBackend
-from requirements import need, need_program
+from requirements import need_program
 
 Ip = Callable[[str], str]
-
-
-@pytest.fixture
-def ip() -> Iterator[Ip]:
-    need(Path(tap.DEVICE).exists(), "modprobe tun")
-    with network_namespace() as ip:
-        yield ip
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 # Without the host

@@ -7,13 +7,11 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from backend_user import Device, readable
-from netns import network_namespace
 from pyvhost.abi import virtio_net
 from pyvhost.host import interface, tap
 from pyvhost.host.fds import close_all
@@ -22,22 +20,8 @@ from pyvhost.net.backends import registry
 from pyvhost.net.backends.generate import udp_frame
 from pyvhost.net.backends.packet import PacketBackend
 from pyvhost.net.backends.tap import TapBackend
-from requirements import need
 
 Ip = Callable[[str], str]
-
-
-@pytest.fixture
-def ip() -> Iterator[Ip]:
-    need(Path(tap.DEVICE).exists(), "modprobe tun")
-    with network_namespace() as ip:
-        yield ip
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 # tap

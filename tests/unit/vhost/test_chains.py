@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
+from handled_device import Handled
 from in_process import PATIENCE, SPANS, FrontEnd, served
 from pyvhost.abi import virtio
 from pyvhost.dataplane import blocks
 from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.queue import Queue
 from pyvhost.driver.split_ring import SplitRing, Used
-from pyvhost.vhost.chains import Chain, PythonRing
-from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
-from pyvhost.vhost.vring import Place
+from pyvhost.vhost.chains import Chain
 
 EVENT_IDX = 1 << virtio.RING_F_EVENT_IDX
-
-
-class Handled(Device):
-    """A device of one vring, handled by `handler`."""
-
-    kind = "test"
-    virtio_id = 0
-    features = TRANSPORT_FEATURES
-
-    def __init__(self, handler: Callable[[Chain], int]) -> None:
-        super().__init__("dev", 1)
-        self._handler = handler
-        self.row = np.zeros(len(blocks.COUNTERS), np.int64)
-        self._ring: PythonRing | None = None
-
-    def place_of(self, index: int) -> Place:
-        if self._ring is None:
-            assert self.poller is not None
-            self._ring = PythonRing("dev: queue", self._handler, self.poller, self.row)
-        return self._ring
 
 
 class Scene:

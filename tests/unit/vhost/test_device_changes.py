@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
+from handled_device import Handled
 from in_process import PATIENCE, SPANS, FrontEnd, echo, handed_over, open_fds, refused, served, traffic
 from pyvhost.abi import vhost, virtio
-from pyvhost.dataplane import blocks
 from pyvhost.driver.dirty_log import DirtyLog as DriversLog
 from pyvhost.driver.iommu import Iommu
 from pyvhost.driver.memory import MIB, GuestMemory, Span
@@ -24,10 +23,8 @@ from pyvhost.driver.split_ring import SplitRing
 from pyvhost.host import memfd
 from pyvhost.memory.dirty_log import DirtyLog
 from pyvhost.net.device import NetDevice
-from pyvhost.vhost.chains import Chain, PythonRing
-from pyvhost.vhost.device import TRANSPORT_FEATURES, Device
+from pyvhost.vhost.chains import Chain
 from pyvhost.vhost.misses import WAITING, IotlbMiss, Misses
-from pyvhost.vhost.vring import Place
 
 RX, TX = 0, 1
 EVENT_IDX = 1 << virtio.RING_F_EVENT_IDX
@@ -300,26 +297,6 @@ def test_a_ring_that_stops_takes_its_misses_along() -> None:
 
 
 # Rings that Python handles
-
-
-class Handled(Device):
-    """A device of one vring, handled by `handler`."""
-
-    kind = "test"
-    virtio_id = 0
-    features = TRANSPORT_FEATURES
-
-    def __init__(self, handler: Callable[[Chain], int]) -> None:
-        super().__init__("dev", 1)
-        self._handler = handler
-        self._row = np.zeros(len(blocks.COUNTERS), np.int64)
-        self._ring: PythonRing | None = None
-
-    def place_of(self, index: int) -> Place:
-        if self._ring is None:
-            assert self.poller is not None
-            self._ring = PythonRing("dev: queue", self._handler, self.poller, self._row)
-        return self._ring
 
 
 def answer(chain: Chain) -> int:

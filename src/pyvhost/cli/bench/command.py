@@ -7,28 +7,25 @@ Never: fails for one part that this host cannot do: it says which and why, and m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from pyvhost.cli.bench import control, counting, idle, machine, net, plot
-from pyvhost.cli.bench.backend import BackEndError
+from pyvhost.cli.bench import control, idle, machine, net, plot, running
 from pyvhost.cli.bench.report import print_report
 from pyvhost.cli.bench.results import Report, result, worst
 from pyvhost.cli.bench.syscalls import SUBJECTS, SyscallBench
-from pyvhost.cli.bench.testpmd import PACKAGE, PROGRAM, Cores, TestpmdError
-from pyvhost.driver.errors import DriverError
+from pyvhost.cli.bench.testpmd import PACKAGE, PROGRAM, Cores
 
 PARTS = ("ratio", "syscalls", "control", "idle")
 _DEFAULT_SECONDS = 90.0
@@ -102,11 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
             machine.ended_by_signals(),
             machine.scratch_directory() as scratch,
             machine.huge_pages(scratch / "huge") as huge,
-            _progress(console) as progress,
+            running.progress(console) as progress,
         ):
             places = Places(scratch, huge, cores, transcripts)
             for part in parts:
-                with _lenient(report, part):
+                with running.lenient(report.skipped, part, RuntimeError):
                     _PARTS[part](arguments, places, report, progress)
     except (machine.UnfitError, FileNotFoundError) as error:
         console.print(f"[red]cannot measure:[/] {error}", highlight=False)
@@ -128,7 +125,7 @@ def _ratio(arguments: argparse.Namespace, places: Places, report: Report, progre
     task = progress.add_task("comparing", total=len(rows) * pace.pairs)
     for case, size in rows:
         progress.update(task, description=f"{case.title}, {size} B")
-        with _lenient(report, f"{case.title}, {size} B"):
+        with running.lenient(report.skipped, f"{case.title}, {size} B", RuntimeError):
             report.rows.append(result(bench.run(case, size, pace, lambda: progress.advance(task))))
     progress.update(task, completed=len(rows) * pace.pairs, description="compared")
 
@@ -141,7 +138,9 @@ def _syscalls(arguments: argparse.Namespace, places: Places, report: Report, pro
         progress.update(task, description=f"system calls: {subject.backend}, {subject.direction}")
         lacking = bench.missing(subject)
         if lacking is None:
-            with _lenient(report, f"system calls of {subject.backend}, {subject.direction}"):
+            with running.lenient(
+                report.skipped, f"system calls of {subject.backend}, {subject.direction}", RuntimeError
+            ):
                 report.syscalls.append(bench.run(subject))
         else:
             report.skipped.append(f"system calls of {lacking}")
@@ -168,25 +167,6 @@ _PARTS: dict[str, Callable[[argparse.Namespace, Places, Report, Progress], None]
     "control": _control,
     "idle": _idle,
 }
-
-
-@contextlib.contextmanager
-def _lenient(report: Report, what: str) -> Iterator[None]:
-    """Notes what failed and lets the rest go on."""
-    try:
-        yield
-    except (
-        *(TestpmdError, BackEndError, counting.CannotCountError, DriverError),
-        *(OSError, ValueError, RuntimeError, subprocess.SubprocessError),
-    ) as error:
-        report.skipped.append(f"{what}: {error}")
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
 
 
 # --- what is written ---------------------------------------------------------------------------------------

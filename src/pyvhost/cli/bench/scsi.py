@@ -12,15 +12,14 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from pyvhost.cli.bench import disk_plot, disks, machine, profile
-from pyvhost.cli.bench.backend import BackEndError
+from pyvhost.cli.bench import disk_plot, disks, machine, profile, running
 from pyvhost.cli.bench.command import describe_machine
 from pyvhost.cli.bench.counting import CannotCountError
 from pyvhost.cli.bench.disk_guest import DiskGuest, disk_guest
@@ -30,7 +29,6 @@ from pyvhost.cli.bench.loader import Workload
 from pyvhost.cli.bench.machine import UnfitError, favoured
 from pyvhost.cli.bench.testpmd import Cores
 from pyvhost.cli.guests import GuestError
-from pyvhost.driver.errors import DriverError
 
 WORKLOADS = (
     *(Workload(writes, True, 4096, depth) for writes in (False, True) for depth in (1, 32, 128)),
@@ -42,6 +40,8 @@ PARTS = (*PLACES, "guest")
 #: Of whose I/O in the guest the cost is measured.
 _COSTED = Workload(writes=False, random=True, size=4096, depth=32)
 _IMAGE_BYTES = 256 << 20
+#: What else a part of it may fail of.
+_FAILURES = (BenchError, GuestError, KeyError)
 _PACKAGES = {"fio": "fio", disks.DAEMON: "qemu-system-common", "qemu-system-x86_64": "qemu-system-x86"}
 
 
@@ -103,13 +103,13 @@ def run(arguments: argparse.Namespace) -> int:
             machine.ended_by_signals(),
             machine.scratch_directory() as sockets,
             tempfile.TemporaryDirectory(prefix="pyvhost-bench-", dir=arguments.folder) as folder,
-            _progress(console) as progress,
+            running.progress(console) as progress,
         ):
             image = Path(folder) / "disk"
             disks.make_image(image, _IMAGE_BYTES)
             bench = Bench(image, sockets, cores, transcripts, pace, report, progress)
             for part in arguments.part or PARTS:
-                with _lenient(report, part):
+                with running.lenient(report.skipped, part, *_FAILURES):
                     bench.guest(chosen) if part == "guest" else bench.host(part, chosen)
     except UnfitError as error:
         console.print(f"[red]cannot measure:[/] {error}", highlight=False)
@@ -167,7 +167,7 @@ class Bench:
             everybody: list[Contender] = [ours, Fio(self._image, self._cores, direct=direct), daemon]
             for workload in workloads:
                 self._progress.update(task, description=f"{place}: {workload.title}")
-                with _lenient(self._report, f"{place}, {workload.title}"):
+                with running.lenient(self._report.skipped, f"{place}, {workload.title}", *_FAILURES):
                     self._compare(place, workload, everybody, lambda: self._progress.advance(task))
             if not self._report.shares.get(place) and workloads:
                 self._look(place, ours, workloads[min(1, len(workloads) - 1)])
@@ -212,7 +212,7 @@ class Bench:
             for workload in workloads:
                 samples = {who: [turn[workload.key, who] for turn in turns] for who in guest.names}
                 costs = self._costs(guest, workload) if workload == _COSTED and pace.guest_turns > 1 else {}
-                with _lenient(self._report, f"guest, {workload.title}"):
+                with running.lenient(self._report.skipped, f"guest, {workload.title}", *_FAILURES):
                     self._report.rows.append(row("guest", workload, samples, costs=costs, cpu=False))
         self._progress.update(task, completed=pace.guest_turns + 1, description="guest")
 
@@ -230,25 +230,6 @@ def _need(*programs: str) -> None:
     lacking = disks.missing(programs)
     if lacking:
         raise BenchError(f"install {', '.join(_PACKAGES[name] for name in lacking)}")
-
-
-@contextlib.contextmanager
-def _lenient(report: Report, what: str) -> Iterator[None]:
-    """Notes what failed and lets the rest go on."""
-    try:
-        yield
-    except (
-        *(BenchError, BackEndError, GuestError, CannotCountError, DriverError),
-        *(OSError, ValueError, KeyError, subprocess.SubprocessError),
-    ) as error:
-        report.skipped.append(f"{what}: {error}")
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
 
 
 def _versions() -> dict[str, str]:

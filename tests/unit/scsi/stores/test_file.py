@@ -23,12 +23,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     with path.open("wb") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,12 +11,6 @@ from pyvhost.scsi.stores.memory import MemoryStore
 from stores import Disk
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 def test_it_is_empty_keeps_what_is_written_and_forgets_it_when_closed(poller: Poller) -> None:

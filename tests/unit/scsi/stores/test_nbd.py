@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,6 @@ def _library() -> None:
         libnbd.library()
     except libnbd.NbdError:
         need(False, "apt-get install libnbd0")
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 def test_a_qcow2_image_by_qemu_nbd(tmp_path: Path, poller: Poller) -> None:

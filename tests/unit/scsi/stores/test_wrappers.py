@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,12 +15,6 @@ from pyvhost.scsi.stores.wrappers import Delay, ErrorRate, Limit, ReadOnly
 from stores import Disk
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
 
 
 def test_read_only(poller: Poller) -> None:

@@ -19,12 +19,6 @@ RST = (abi.OP_RST, 0)
 
 
 @pytest.fixture
-def poller() -> Iterator[Poller]:
-    with Poller() as poller:
-        yield poller
-
-
-@pytest.fixture
 def one(poller: Poller) -> Iterator[PlainHost]:
     with PlainHost(SiblingEnds(), cid=3, group="lab", poller=poller) as host:
         yield host
