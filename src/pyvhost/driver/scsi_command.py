@@ -170,11 +170,6 @@ class Format:
         self._query_answer = struct.Struct(order + "IB")
 
     @property
-    def request_size(self) -> int:
-        """Bytes of a command's header, before what it takes along."""
-        return self._head.size + (self._pi.size if self.pi else 0) + self.cdb_size
-
-    @property
     def response_size(self) -> int:
         """Bytes of its response, before what it brings."""
         return self._response.size + self.sense_size
