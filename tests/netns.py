@@ -50,3 +50,12 @@ def network_namespace() -> Iterator[Callable[[str], str]]:
             _check(_libc.setns(home, CLONE_NEWNET))
     finally:
         os.close(home)
+
+
+def way_out_of(ip: Callable[[str], str]) -> None:
+    """An interface with an address and a default route, which leads to nobody: passt wants to see one."""
+    ip("link add name out type veth peer name far")
+    ip("addr add 10.9.0.2/24 dev out")
+    ip("link set out up")
+    ip("link set far up")
+    ip("route add default via 10.9.0.1")

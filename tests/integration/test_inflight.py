@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,13 @@ from back_end import PATIENCE, BackEnd
 from both_ways import EVENT_IDX, INDIRECT, MRG_RXBUF, VERSION_1, echo, frame
 from pyvhost.cli.serving import Serving
 from pyvhost.driver.inflight import Inflight
-from pyvhost.driver.memory import MIB, GuestMemory
+from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.net import NetDriver
 from pyvhost.driver.vhost_user import VhostUserFrontend
 from pyvhost.net.device import NetDevice
 
 SIZE = 64
 MODERN = VERSION_1 | MRG_RXBUF | EVENT_IDX | INDIRECT
-
-
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(16 * MIB) as memory:
-        yield memory
 
 
 def connected(path: Path, table: Inflight | None = None) -> VhostUserFrontend:

@@ -29,12 +29,6 @@ def echo(driver: NetDriver, *numbers: int) -> None:
     assert [got.frame for got in driver.receive(len(numbers))] == [frame(number) for number in numbers]
 
 
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(16 * MIB) as memory:
-        yield memory
-
-
 @pytest.fixture(scope="module")
 def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackEnd]:
     with BackEnd(tmp_path_factory.mktemp("attach"), NetDevice(backend="loop", queue_pairs=2)) as back_end:

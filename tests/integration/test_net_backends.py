@@ -21,7 +21,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
 from back_end import PATIENCE, BackEnd
-from netns import network_namespace
+from netns import network_namespace, way_out_of
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_net as abi
 from pyvhost.driver.memory import MIB, GuestMemory
@@ -368,11 +368,7 @@ def test_a_peer_that_talks_nonsense_is_hung_up_on(tmp_path: Path) -> None:
 @pytest.fixture
 def way_out(ip: Ip) -> None:
     need_program("passt")
-    ip("link add name out type veth peer name far")
-    ip("addr add 10.9.0.2/24 dev out")
-    ip("link set out up")
-    ip("link set far up")
-    ip("route add default via 10.9.0.1")
+    way_out_of(ip)
 
 
 @pytest.mark.usefixtures("way_out")

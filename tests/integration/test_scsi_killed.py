@@ -12,7 +12,6 @@ import random
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from disk_scene import BLOCK, meet
 from pyvhost.cli.serving import Serving
 from pyvhost.driver import cdb
 from pyvhost.driver.inflight import Inflight
-from pyvhost.driver.memory import MIB, GuestMemory
+from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.scsi import ScsiDriver
 from pyvhost.driver.scsi_command import Pending
 from pyvhost.driver.vhost_user import VhostUserFrontend
@@ -33,12 +32,6 @@ KILLS = 10
 PIECE = 8
 PIECES = 256
 QUEUES = 2
-
-
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(16 * MIB) as memory:
-        yield memory
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from back_end import PATIENCE
 from pyvhost.abi import virtio_vsock as abi
 from pyvhost.cli.serving import Serving
 from pyvhost.driver.inflight import Inflight
-from pyvhost.driver.memory import MIB, GuestMemory
+from pyvhost.driver.memory import GuestMemory
 from pyvhost.driver.vhost_user import VhostUserFrontend
 from pyvhost.driver.vsock import RX, TX, VsockDriver
 from pyvhost.driver.vsock_socket import VsockSocket
@@ -28,12 +28,6 @@ from vsock_scene import VsockScene
 
 SIZE = 64
 KINDS = {abi.TYPE_STREAM: (socket.SOCK_STREAM, ""), abi.TYPE_SEQPACKET: (socket.SOCK_SEQPACKET, ".seqpacket")}
-
-
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(16 * MIB) as memory:
-        yield memory
 
 
 def connected(path: Path, table: Inflight | None = None) -> VhostUserFrontend:

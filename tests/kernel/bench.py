@@ -20,10 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
+from kernel.counted import CountedRing
 from pyvhost.abi import vhost as abi
 from pyvhost.abi import virtio, virtio_net
 from pyvhost.driver.memory import GuestMemory
-from pyvhost.driver.queue import Queue
 from pyvhost.driver.split_ring import RingLayout, SplitRing
 from pyvhost.driver.vhost_ioctl import Handle, KernelHandle, VhostNetFrontend
 from pyvhost.host import eventfd, interface, tap
@@ -103,17 +103,13 @@ class Host:
         self._socket.close()
 
 
-class Ring:
-    """One of the device's two rings: `SplitRing`, raw, with what was counted."""
+class Ring(CountedRing):
+    """One of the device's two rings."""
 
     def __init__(self, bench: Bench, index: int, size: int, event_idx: bool) -> None:
         self.bench = bench
-        self.index = index
-        self.ring = SplitRing(bench.memory, size, RingLayout(*RINGS[index]), event_idx=event_idx)
-        self.queue = Queue(self.ring, ("rx", "tx")[index])
-        self._calls = 0
-        self._errs = 0
-        self._seen = 0  # used elements that a fact was told of
+        ring = SplitRing(bench.memory, size, RingLayout(*RINGS[index]), event_idx=event_idx)
+        super().__init__(bench, index, ring, ("rx", "tx")[index])
 
     def chain(
         self, *descriptors: Descriptor, at: int = 0, head: int | None = None, offer: bool = True
@@ -142,27 +138,6 @@ class Ring:
         ring = self.ring
         count = (ring.used_idx - self._seen) & 0xFFFF
         return [list(ring.used_element((self._seen + at) & 0xFFFF)) for at in range(count)]
-
-    def calls(self) -> int:
-        """Calls since the last fact about them."""
-        self._calls += eventfd.drain(self.queue.call_fd)
-        return self._calls
-
-    def errs(self) -> int:
-        """Signals of err since the last fact about them."""
-        self._errs += eventfd.drain(self.queue.err_fd)
-        return self._errs
-
-    def state(self) -> dict[str, int]:
-        """The whole of it."""
-        return {
-            "used_idx": self.ring.used_idx,
-            "used_flags": self.ring.used_flags,
-            "avail_event": self.ring.avail_event,
-            "base": self.bench.front.get_vring_base(self.index),
-            "calls": self.calls(),
-            "errs": self.errs(),
-        }
 
     def told(self, *what: str) -> None:
         """A fact was told of these: the next one begins there."""

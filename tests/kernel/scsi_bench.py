@@ -13,14 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyvhost
+from kernel.counted import CountedRing
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_scsi as abi
 from pyvhost.driver.memory import MIB, GuestMemory
-from pyvhost.driver.queue import Queue
 from pyvhost.driver.scsi_command import Format, address
 from pyvhost.driver.split_ring import SplitRing
 from pyvhost.driver.vhost_ioctl import VhostScsiFrontend
-from pyvhost.host import eventfd
 from pyvhost.scsi import endpoints
 
 Fact = tuple[str, Any]
@@ -38,16 +37,12 @@ HEADER, RESPONSE, DATA = 0x300000, 0x301000, 0x310000
 NEXT, WRITE = virtio.VRING_DESC_F_NEXT, virtio.VRING_DESC_F_WRITE
 
 
-class Ring:
-    """A ring, raw, with what was counted."""
+class Ring(CountedRing):
+    """A ring of the device's three."""
 
     def __init__(self, bench: ScsiBench, index: int) -> None:
-        self.bench = bench
-        self.index = index
-        self.ring = SplitRing(bench.memory, 16)
-        self.queue = Queue(self.ring, str(index))
-        self._calls = self._errs = self._seen = 0
-        #: Of all facts before.
+        super().__init__(bench, index, SplitRing(bench.memory, 16), str(index))
+        #: Calls of all facts before.
         self._told = 0
 
     def chain(self, *pieces: tuple[int, int, int], head: int | None = None, at: int = 0) -> None:
@@ -63,27 +58,6 @@ class Ring:
         """Heads that no fact was told of."""
         count = (self.ring.used_idx - self._seen) & 0xFFFF
         return [self.ring.used_element((self._seen + at) & 0xFFFF)[0] for at in range(count)]
-
-    def calls(self) -> int:
-        """Since the last fact."""
-        self._calls += eventfd.drain(self.queue.call_fd)
-        return self._calls
-
-    def errs(self) -> int:
-        """Since the last fact."""
-        self._errs += eventfd.drain(self.queue.err_fd)
-        return self._errs
-
-    def state(self) -> dict[str, int]:
-        """The whole of it, and all calls that there were."""
-        return {
-            "used_idx": self.ring.used_idx,
-            "used_flags": self.ring.used_flags,
-            "avail_event": self.ring.avail_event,
-            "base": self.bench.front.get_vring_base(self.index),
-            "calls": self.calls(),
-            "errs": self.errs(),
-        }
 
     def told(self) -> None:
         """A fact was told: the next one begins here."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from backend_user import Device
+from netns import way_out_of
 from pyvhost.host import interface
 from pyvhost.host.poller import Poller, Timer
 from pyvhost.net.backends import registry, user
@@ -117,11 +118,7 @@ def test_those_that_hear_of_changes_need_a_poller(tmp_path: Path) -> None:
 @pytest.fixture
 def way_out(ip: Ip) -> None:
     need_program("passt")
-    ip("link add name out type veth peer name far")
-    ip("addr add 10.9.0.2/24 dev out")
-    ip("link set out up")
-    ip("link set far up")
-    ip("route add default via 10.9.0.1")
+    way_out_of(ip)
 
 
 @pytest.mark.usefixtures("way_out")
