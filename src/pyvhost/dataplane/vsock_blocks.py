@@ -200,3 +200,6 @@ MESSAGE_BYTES: Final = 56
 assert SCRATCH_MESSAGE + MESSAGE_BYTES <= SCRATCH_IOV
 #: The most that a connection gets in its turn, and the longest packet (as Linux's VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
 QUANTUM: Final = 65536
+#: About what a guest sends in a turn: half the credit of a connection, so that it hears of that, and sends more,
+#: while the other half is on its way.
+TURN: Final = 2 * QUANTUM

@@ -83,11 +83,11 @@ def under_way(connection: Record) -> int:
 
 @kernel
 def owe(guest: Record, connections: Records, slot: int) -> None:
-    """Has the guest told of its credit, when what it knows of is less than half."""
+    """Has the guest told of its credit, when what it knows of is half or less."""
     connection = connections[slot]
     alloc = connection["alloc_told"]
     known = alloc - ((connection["rx_cnt"] - connection["fwd_told"]) & WORD)
-    if known < alloc >> 1 and connection["fwd_cnt"] != connection["fwd_told"] and connection["open"]:
+    if known <= alloc >> 1 and connection["fwd_cnt"] != connection["fwd_told"] and connection["open"]:
         connection["credit_due"] = 1
         enqueue(guest, connections, slot)
 

@@ -46,6 +46,7 @@ from pyvhost.dataplane.vsock_blocks import (
     HEADER,
     SCRATCH_READ,
     TODO_VIOLATED,
+    TURN,
     VIOLATED_CREDIT,
     VIOLATED_LENGTH,
 )
@@ -158,7 +159,7 @@ def _heard(
 
 @kernel
 def transmit(worker: Record, rings: Records, guests: Records, connections: Records, index: int) -> int:
-    """Takes one batch from a guest's transmit ring; how many chains."""
+    """Takes one batch from a guest's transmit ring, `TURN` bytes or a little more at most; how many chains."""
     guest = guests[index]
     ring = rings[guest["tx"]]
     wanted = min(BATCH, todo_room(guest) - guest["todo_kept"])
@@ -178,7 +179,7 @@ def transmit(worker: Record, rings: Records, guests: Records, connections: Recor
     pieces = 0
     run_bytes = 0
     moved = 0
-    while done < chains:
+    while done < chains and moved < TURN:
         slot = batch + done * SLOT_BYTES
         if load64(slot + SLOT_IN) != 0 or load64(slot + SLOT_OUT_BYTES) < HEADER:
             code = FAULT_DIRECTION if load64(slot + SLOT_IN) != 0 else FAULT_HEADER
