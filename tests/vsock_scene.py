@@ -49,15 +49,16 @@ class PairEnd:
         self.told.put("accepted")
 
     def refused(self, reason: str) -> None:
-        self.told.put("refused")
         self._mine.close()
+        self.told.put("refused")
 
     def shutdown(self, flags: int) -> None:
-        self.told.put(f"shutdown {flags}")
         if flags & abi.SHUTDOWN_SEND:
             self._mine.shutdown(socket.SHUT_WR)
         if flags & abi.SHUTDOWN_RCV:
             self._mine.shutdown(socket.SHUT_RD)
+        # Who waits for it may look at the socket at once.
+        self.told.put(f"shutdown {flags}")
 
     def ended(self) -> int:
         found = self._polled(select.POLLRDHUP)
@@ -66,8 +67,8 @@ class PairEnd:
         return abi.SHUTDOWN_SEND if found & select.POLLRDHUP else 0
 
     def close(self, reset: bool) -> None:
-        self.told.put("reset" if reset else "close")
         self._mine.close()
+        self.told.put("reset" if reset else "close")
 
     def wait_told(self, *words: str) -> None:
         """What it is told next, in this order."""
