@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from back_end import PATIENCE, BackEnd
 from pyvhost.abi import virtio_vsock as abi
+from pyvhost.dataplane.vsock_blocks import GONE
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.vsock import VsockDriver
 from pyvhost.driver.vsock_socket import VsockSocket
-from pyvhost.vsock.device import VsockDevice
+from pyvhost.vsock.device import BUFFER, VsockDevice
 from vsock_scene import CID, PairEnd, VsockScene
 
 STREAM, SEQPACKET = abi.TYPE_STREAM, abi.TYPE_SEQPACKET
@@ -122,6 +124,69 @@ def test_what_waits_for_buffers_is_bounded(tmp_path: Path) -> None:
         guest.pump()
         scene.wait_closed(guest)
         well(scene, guest)
+
+
+def test_a_host_that_goes_before_its_guest_was_told_of_it(scene: VsockScene) -> None:
+    """The guest takes nothing, so that nobody would read, and find out: it is found out when data may flow."""
+    with scene.guest(rx_depth=4) as guest:
+        accepted = scene.listen(80)
+        fill(guest)
+        sock = guest.connect(80, wait=False)
+        end = accepted.get(timeout=PATIENCE)
+        sock.packet(abi.OP_SHUTDOWN, flags=abi.SHUTDOWN_RCV)
+        end.wait_told(f"shutdown {abi.SHUTDOWN_RCV}")
+        end.theirs.close()
+        link = scene.device.link
+        (slot,) = link._held
+        tick = threading.Event()
+        while link.worker.connections[slot]["hung_up"] != GONE:
+            tick.wait(0.005)
+        guest.reads = True
+        guest.wait_for(lambda: sock.peer_shutdown == BOTH, "the host's end")
+
+
+def test_nothing_comes_before_the_answer(scene: VsockScene) -> None:
+    """Not even credit: a driver that waits for RESPONSE takes it for a fault."""
+    with scene.guest() as guest:
+        asked = scene.hold(80)
+        sock = guest.connect(80, wait=False)
+        request = asked.get(timeout=PATIENCE)
+        sock.packet(abi.OP_CREDIT_REQUEST)
+        guest.wait_sent()
+        well(scene, guest)
+        assert not sock.counts
+        end = PairEnd()
+        scene.back_end.ask(lambda: request.accept(end))
+        # Which tells it what it has asked for.
+        sock.wait_connected()
+        assert sock.peer_buf_alloc == BUFFER
+        end.theirs.close()
+
+
+def test_what_was_sent_on_a_former_connection_is_not_of_the_next(scene: VsockScene) -> None:
+    """A sibling uses its port again, and this guest has not heard yet that the former connection is over."""
+    with scene.guest(rx_depth=4, answers=False) as guest:
+        fill(guest)
+        end = PairEnd()
+        scene.back_end.ask(lambda: scene.device.connections.connect(end, STREAM, 81, peer_port=5555))
+        link, tick = scene.device.link, threading.Event()
+        while link._commands.taken != link._commands.put:
+            tick.wait(0.001)
+        for packet in (
+            guest.packet(abi.OP_RW, 81, 5555, b"of the former"),
+            guest.packet(abi.OP_RESPONSE, 81, 5555),
+            guest.packet(abi.OP_RW, 81, 5555, b"of this one"),
+        ):
+            guest.send_packet(packet)
+        guest.wait_sent()
+        guest.reads = True
+        # RST for what filled its buffers, and the REQUEST.
+        assert [packet.op for packet in guest.stray(11)].count(abi.OP_REQUEST) == 1
+        end.wait_told("accepted")
+        assert end.theirs.recv(100) == b"of this one"
+        guest.send_packet(guest.packet(abi.OP_RST, 81, 5555))
+        assert end.wait_over() == "reset"
+        end.theirs.close()
 
 
 def test_a_driver_that_begins_anew_hears_nothing_of_what_waited(scene: VsockScene) -> None:

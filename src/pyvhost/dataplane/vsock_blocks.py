@@ -57,9 +57,11 @@ GUEST: Final = int64s(
 )
 
 CONNECTION: Final = int64s(
-    # Whether it is in its guest's table, which of all connections it is, and whether data may flow.
+    # Whether it is in its guest's table, which of all connections it is, whether who was asked for it has accepted,
+    # and whether data may flow.
     "open",
     "serial",
+    "accepted",
     "started",
     # Whose it is and its key; the next one in its bucket (-1: none).
     "guest",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno as codes
 from typing import Final
 
-from pyvhost.abi.virtio_vsock import OP_RW, SEQ_EOM, TYPE_SEQPACKET
+from pyvhost.abi.virtio_vsock import OP_RESPONSE, OP_RW, SEQ_EOM, TYPE_SEQPACKET
 from pyvhost.dataplane.access import (
     clock_ns,
     copy,
@@ -106,6 +106,18 @@ def _close(worker: Record, guest: Record, connections: Records, slot: int) -> No
 
 
 @kernel
+def _find_out(guest: Record, connections: Records, slot: int) -> None:
+    """Tells Python of another side that has closed, if nobody would read any more, and find out."""
+    connection = connections[slot]
+    if not connection["started"] or not (connection["ended"] or connection["hushed"]):
+        return
+    if not connection["mute"]:
+        give_up(guest, connections, slot, codes.EPIPE)
+    if not connection["ended"]:
+        end(guest, connections, slot, 0)
+
+
+@kernel
 def _start(worker: Record, rings: Records, guests: Records, connections: Records, slot: int) -> None:
     """Data flows from now on; some may have come before."""
     connection = connections[slot]
@@ -116,19 +128,9 @@ def _start(worker: Record, rings: Records, guests: Records, connections: Records
         flush(worker, guests[connection["guest"]], connections, slot)
     elif connection["other"] >= 0:
         wake(worker, rings, guests, connections, connection["other"])
+    if connection["hung_up"] == GONE:
+        _find_out(guests[connection["guest"]], connections, slot)
     wake(worker, rings, guests, connections, slot)
-
-
-@kernel
-def _find_out(guest: Record, connections: Records, slot: int) -> None:
-    """Tells Python of another side that has closed, if nobody would read any more, and find out."""
-    connection = connections[slot]
-    if not connection["started"] or not (connection["ended"] or connection["hushed"]):
-        return
-    if not connection["mute"]:
-        give_up(guest, connections, slot, codes.EPIPE)
-    if not connection["ended"]:
-        end(guest, connections, slot, 0)
 
 
 @kernel
@@ -243,6 +245,8 @@ def obey(worker: Record, rings: Records, guests: Records, connections: Records, 
         kind = load64(entry + ENTRY_KIND)
         slot = load64(entry + ENTRY_SLOT)
         if kind in (CMD_SEND, CMD_MESSAGE, CMD_START):
+            if kind == CMD_SEND and slot >= 0 and load64(entry + ENTRY_OP) & WORD == OP_RESPONSE:
+                connections[slot]["accepted"] = 1
             # No data before RESPONSE: START waits for what waits.
             if (
                 _waits(guest) or not _in_turn(worker, rings, guests, connections, index, entry)

@@ -279,7 +279,8 @@ def _turn(
 ) -> int:
     """A connection's turn."""
     connection = connections[slot]
-    if not connection["open"]:
+    if not connection["started"]:
+        # Nothing comes before RESPONSE, credit neither: START gives it a turn.
         return _DONE
     if _too_long(connections, slot):
         connection["message_bytes"] = 0
@@ -326,7 +327,7 @@ def receive(worker: Record, rings: Records, guests: Records, connections: Record
             _put_back(guest, connections, slot)
             break
         turns += 1
-        if came == _MORE or connection["credit_due"]:
+        if came == _MORE or (connection["credit_due"] and connection["started"]):
             enqueue(guest, connections, slot)
         if load64(ring["row"] + C_BYTES) - before >= _TURN:
             break

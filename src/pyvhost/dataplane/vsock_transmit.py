@@ -13,6 +13,7 @@ from typing import Final
 from pyvhost.abi.virtio_vsock import (
     OP_CREDIT_REQUEST,
     OP_CREDIT_UPDATE,
+    OP_RESPONSE,
     OP_RW,
     OP_SHUTDOWN,
     SEQ_EOM,
@@ -196,8 +197,14 @@ def transmit(worker: Record, rings: Records, guests: Records, connections: Recor
         if found < 0:
             hand_over(guest, header, -1)
             continue
-        _heard(worker, rings, guests, connections, found, header)
         connection = connections[found]
+        if op == OP_RESPONSE:
+            connection["accepted"] = 1
+        elif op == OP_RW and not connection["accepted"]:
+            # It was sent on a former connection of that name.
+            count(row, C_ERRORS, 1)
+            continue
+        _heard(worker, rings, guests, connections, found, header)
         if op == OP_CREDIT_REQUEST:
             connection["credit_due"] = 1
             enqueue(guest, connections, found)
