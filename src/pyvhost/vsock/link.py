@@ -20,7 +20,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from pyvhost.dataplane import blocks
 from pyvhost.dataplane import vsock_blocks as layout
 from pyvhost.dataplane.plain import load64_acquire, store64_release
 from pyvhost.host import eventfd
-from pyvhost.host.poller import Poller
+from pyvhost.host.poller import Poller, Timer
 from pyvhost.vhost.worker import Int64s, WorkerPlace
 from pyvhost.vsock.contract import Carrier, Key
 from pyvhost.vsock.plane import Plane, VsockWorker
@@ -163,15 +163,18 @@ class Link:
         self._most_waiting = _WAITING + 2 * limit
         self._packets = _Queue(_power(self._most_waiting + _OF_CONNECTION * limit))
         self._todo = _Queue(_power(kept + _PACKETS))
-        with worker.paused():
+        self._later: Timer | None = None
+        # What is to be given back at the end, or now if there is no room for all of it; while paused.
+        with worker.paused(), ExitStack() as held:
             self._slots = worker.reserve(limit)[::-1]
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._python_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        with worker.paused():
+            held.callback(lambda: worker.give_back(self._slots))
+            self._bell, self._python_fd = _eventfd(held), _eventfd(held)
             self.port = worker.add_port()
-            rings = [
-                worker.add_ring(self.port, row, f"{name}: vring {index}") for index, row in enumerate(rows)
-            ]
+            held.callback(worker.remove_port, self.port)
+            rings = []
+            for index, row in enumerate(rows):
+                rings.append(worker.add_ring(self.port, row, f"{name}: vring {index}"))
+                held.callback(worker.remove_ring, rings[index])
             record = worker.ports[self.port]
             record["rx"], record["tx"] = rings
             record["cid"] = cid
@@ -188,10 +191,13 @@ class Link:
             record["python_fd"] = self._python_fd
             record["ready_first"] = record["ready_last"] = -1
             worker.watch(self._bell, select.EPOLLIN, blocks.EVENT_PORT, self.port)
-        self._rings = rings
+            held.callback(worker.unwatch, self._bell, blocks.EVENT_PORT)
+            poller.register(self._python_fd, select.EPOLLIN, lambda _events: self.serve(), inner=True)
+            held.callback(poller.unregister, self._python_fd)
+            self._plane.enter(self, name, limit)
+            held.callback(self._plane.leave, self)
+            self._place = held.pop_all()
         self.places = [WorkerPlace(worker, self.port, ring) for ring in rings]
-        poller.register(self._python_fd, select.EPOLLIN, lambda _events: self.serve(), inner=True)
-        self._plane.enter(self, name, limit)
 
     # --- contract.Carrier ---------------------------------------------------------------------------------
 
@@ -351,24 +357,21 @@ class Link:
         return not self._held
 
     def shut(self) -> None:
-        """Gives up its place; no ring of it runs, and no connection is left."""
-        self._poller.unregister(self._python_fd)
+        """Gives up its place; no ring of it runs. Connections that are left are told of as closed."""
+        if self._later is not None:
+            self._later.cancel()
+        left = list(self._held)
         with self.worker.paused():
-            self.worker.unwatch(self._bell, blocks.EVENT_PORT)
-            for ring in self._rings:
-                self.worker.remove_ring(ring)
-            self.worker.remove_port(self.port)
-            for slot in list(self._held):
+            for slot in left:
                 # The loop has not let go of it: neither may a sibling look at it any more.
                 record = self.worker.connections[slot]
                 if record["other"] >= 0:
                     self.worker.connections[record["other"]]["other"] = -1
                 record["open"], record["other"] = 0, -1
                 self._let_go(slot)
-            self.worker.give_back(self._slots)
-        self._plane.leave(self)
-        os.close(self._bell)
-        os.close(self._python_fd)
+            self._place.close()
+        for slot in left:
+            self._told().closed(slot)
 
     # --- within ---------------------------------------------------------------------------------------------
 
@@ -435,8 +438,8 @@ class Link:
             room -= 1
         # Pairs with the loop's acquire load of the number.
         store64_release(queue.at + layout.QUEUE_PUT, put)
-        if self._backlog:
-            self._poller.call_later(_AGAIN, self._hand_on)
+        if self._backlog and (self._later is None or not self._later.pending):
+            self._later = self._poller.call_later(_AGAIN, self._hand_on)
         if at_once:
             self._ring()
 
@@ -456,6 +459,12 @@ class Link:
             self._within = False
             if self._owed:
                 self._ring()
+
+
+def _eventfd(held: ExitStack) -> int:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    held.callback(os.close, fd)
+    return fd
 
 
 def _address(memory: mmap.mmap) -> int:

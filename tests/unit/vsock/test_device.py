@@ -9,15 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from in_process import FrontEnd, served, serving
+from in_process import FrontEnd, open_fds, served, serving
 from pyvhost.abi import virtio
 from pyvhost.abi import virtio_vsock as abi
+from pyvhost.dataplane.vsock_blocks import MAX_OF_GUEST
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.vsock import VsockDriver
 from pyvhost.host.poller import Poller
 from pyvhost.vhost.errors import VhostError
 from pyvhost.vsock.contract import Key
 from pyvhost.vsock.device import EVENT, VsockDevice
+from pyvhost.vsock.plane import VsockWorker
 
 CID = 52
 
@@ -177,8 +179,11 @@ def test_a_device_that_ends_in_a_hurry_is_no_ones_sibling(monkeypatch: pytest.Mo
             assert records[joined]["guest"] == port
             assert records[joined]["other"] == records[gone]["other"] == -1
             assert not records[gone]["open"]
-            sock.send(b"to nobody")
+            sock.packet(abi.OP_RW, b"to nobody")
             asked.wait_sent()
+            # And the other guest hears of it: nobody else would tell it.
+            with serving(other):
+                asked.wait_for(lambda: sock.reset, "RST")
         finally:
             hasty.close()
             other.close()
@@ -202,3 +207,48 @@ def test_the_loop_is_woken_for_what_can_not_wait(
 
 def test_a_driver_without_event_buffers_hears_nothing(front: FrontEnd, device: VsockDevice) -> None:
     assert not device.transport_reset()
+
+
+def test_a_device_that_is_gone_writes_to_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More was asked of its loop than the queue takes; by the time that the rest was due, the number is another's."""
+    device = VsockDevice(CID)
+    with Poller() as poller:
+        device.attach(poller)
+        with device.link.worker.paused():
+            for port in range(5000):
+                device.link.reset(Key(abi.TYPE_STREAM, port, abi.VMADDR_CID_HOST, 2))
+        device.close()
+        written: list[int] = []
+        monkeypatch.setattr(os, "eventfd_write", lambda fd, number: written.append(fd))
+        poller.run_once(0.05)
+        assert written == []
+
+
+@pytest.mark.parametrize("failing", ["eventfd", "add_port", "register"])
+def test_a_device_that_there_is_no_room_for_takes_none(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Whatever it is that lacks, nothing stays behind of what was there."""
+    with Poller() as poller:
+        before = open_fds()
+        for _ in range(3):
+            device = VsockDevice(CID, group="full", max_connections=MAX_OF_GUEST)
+            owner = {"eventfd": os, "add_port": VsockWorker, "register": poller}[failing]
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, failing, refuse_all)
+                with pytest.raises(OSError, match="no more"):
+                    device.attach(poller)
+            device.close()
+        assert open_fds() == before
+        # Sixteen of these are all that a worker has room for.
+        devices = [
+            VsockDevice(CID + number, group="full", max_connections=MAX_OF_GUEST) for number in range(16)
+        ]
+        try:
+            for device in devices:
+                device.attach(poller)
+        finally:
+            for device in devices:
+                device.close()
+
+
+def refuse_all(*arguments: object, **options: object) -> None:
+    raise OSError(errno.EMFILE, "no more")
