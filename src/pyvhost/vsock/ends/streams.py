@@ -273,12 +273,18 @@ class Listener:
         if not room:
             request.refuse()
             return
-        end, theirs = _pair(self.type)
-        peer = (guest.cid, request.key.guest_port)
-        if request.accept(end) is None or not _tell(self._loop, lambda: self._take(theirs, peer)):
-            theirs.close()
-            with self._lock:
-                self._waiting -= 1
+        handed_over = False
+        try:
+            end, theirs = _pair(self.type)
+            peer = (guest.cid, request.key.guest_port)
+            if request.accept(end) is not None:
+                handed_over = _tell(self._loop, lambda: self._take(theirs, peer))
+            if not handed_over:
+                theirs.close()
+        finally:
+            if not handed_over:
+                with self._lock:
+                    self._waiting -= 1
 
     def _take(self, theirs: socket.socket, peer: Address) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -239,6 +240,23 @@ def test_more_than_the_backlog_is_refused(guest: Served) -> None:
             assert done.wait(PATIENCE)
             assert answers == [RESPONSE, RESPONSE, RST, RST]
             await asyncio.sleep(0)
+            assert await guest.ask(lambda host: host.answer(host.request(80))) == RESPONSE
+
+    run(main())
+
+
+def test_a_shortage_of_descriptors_takes_nothing_of_the_backlog(
+    guest: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(type: int) -> tuple[object, socket.socket]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        async with streams.listen(80, lambda reader, writer: writer.close(), backlog=2):
+            with monkeypatch.context() as patch:
+                patch.setattr(streams, "_pair", refuse)
+                for _ in range(3):
+                    assert await guest.ask(lambda host: host.answer(host.request(80))) == RST
             assert await guest.ask(lambda host: host.answer(host.request(80))) == RESPONSE
 
     run(main())
