@@ -25,6 +25,7 @@ from pyvhost.driver.vhost_ioctl import VhostScsiFrontend
 from pyvhost.driver.vhost_user import VhostUserFrontend
 from pyvhost.host.control_thread import ControlThread
 from pyvhost.scsi import endpoints
+from pyvhost.vhost_user import connection
 
 KINDS = pytest.mark.parametrize("kind", [OnASocket, Kept])
 Kind = type[OnASocket] | type[Kept]
@@ -64,6 +65,21 @@ def test_a_stop_waits_however_long_it_takes(
         if isinstance(store, Kept):
             store.keeps = False
         assert found.driver.command(0, 0, cdb.write10(0, 1), bytes(BLOCK)).good
+
+
+@KINDS
+def test_a_stop_is_over_as_soon_as_its_store_is_done(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device says so: nobody has to look."""
+    monkeypatch.setattr(connection, "LOOK", 2 * PATIENCE)
+    store, tick = kind(), threading.Event()
+    with scene(tmp_path, store) as found:
+        read_of(found)
+        with meanwhile(found.driver.stop):
+            while found.ask(lambda: found.device.progress) is None:
+                tick.wait(0.001)
+            go_on(found, store)
 
 
 @pytest.mark.parametrize("reset", [VhostUserFrontend.reset_device, lambda front: front.set_status(0)])

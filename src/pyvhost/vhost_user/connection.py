@@ -202,14 +202,16 @@ class Connection:
         fds: Sequence[Fds] = (),
     ) -> None:
         """Does `then` when `ask` says of nothing that it is under way; until then no message is read."""
+        # A device that is asked has to know whom to tell.
+        self._device.progress = lambda: self._poller.call_soon_threadsafe(self._look_again)
         if not ask():
+            self._device.progress = None
             then()
             return
         now = time.monotonic()
         self._waiting = _Wait(what(), ask, then, list(fds), now, now + TELL)
         # Only its end is heard of.
         self._poller.modify(self._sock.fileno(), 0)
-        self._device.progress = lambda: self._poller.call_soon_threadsafe(self._look_again)
         self._look = self._poller.call_later(LOOK, self._look_again)
 
     def _look_again(self) -> None:
