@@ -65,25 +65,33 @@ def test_a_service_of_the_host_for_the_guest(device: SocketDevice, guest: UmlGue
         assert child.wait(PATIENCE) == 0
 
 
-def test_a_notification_as_systemd_sends_it(device: SocketDevice, guest: UmlGuest) -> None:
-    """A datagram socket can't be had, and then SOCK_SEQPACKET is taken; from a port below 1024."""
-    program = """
+@pytest.mark.parametrize(
+    ("asked", "taken", "failed", "port"),
+    [
+        pytest.param("SOCK_DGRAM SOCK_SEQPACKET", socket.SOCK_SEQPACKET, ["SOCK_DGRAM"], 9999, id="vsock"),
+        pytest.param("SOCK_STREAM", socket.SOCK_STREAM, [], 9998, id="vsock-stream"),
+    ],
+)
+def test_a_notification_as_systemd_sends_it(
+    device: SocketDevice, guest: UmlGuest, asked: str, taken: socket.SocketKind, failed: list[str], port: int
+) -> None:
+    """A datagram socket can't be had, and then SOCK_SEQPACKET is taken, or what was named; from a port below 1024."""
+    program = f"""
 import socket
-for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+for name in "{asked}".split():
     try:
-        sock = socket.socket(socket.AF_VSOCK, kind)
+        sock = socket.socket(socket.AF_VSOCK, getattr(socket, name))
         sock.bind((socket.VMADDR_CID_ANY, 1000))
-        sock.connect((socket.VMADDR_CID_HOST, 9999))
+        sock.connect((socket.VMADDR_CID_HOST, {port}))
         break
     except OSError as error:
-        print(kind.name)
+        print(name)
 sock.send(b"READY=1\\nSTATUS=up")
 """
-    with device.listen(9999, socket.SOCK_SEQPACKET) as listener:
+    with device.listen(port, taken) as listener:
         listener.settimeout(PATIENCE)
-        assert guest.run([sys.executable, "-I", "-c", program], timeout=PATIENCE).output.split() == [
-            "SOCK_DGRAM"
-        ]
+        said = guest.run([sys.executable, "-I", "-c", program], timeout=PATIENCE).output
+        assert said.split() == failed
         notified, _ = listener.accept()
         with notified:
             notified.settimeout(PATIENCE)
