@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pyvhost.host import kvm
 from pyvhost.host.errors import words
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def qemu_options(path: str, connect: bool) -> str:
     """The QEMU options before the device's own: shared memory, and a chardev `vhost0` at the socket `path`."""
     server = ",server=on,wait=off" if connect else ""
     return (
-        f"-accel {'kvm' if _kvm() else 'tcg'}"
+        f"-accel {'kvm' if kvm.likely() else 'tcg'}"
         f" -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem -m SIZE"
         f" -chardev socket,id=vhost0,path={shlex.quote(path)}{server}"
     )
@@ -127,9 +127,5 @@ def qemu_options(path: str, connect: bool) -> str:
 def vectors(number: int, needed: bool) -> str:
     """The property that sets a PCI device's MSI-X vectors, where it has to be said."""
     # QEMU 7.2 crashes where it emulates and the device has MSI-X vectors.
-    kvm = _kvm()
-    return f",vectors={number if kvm else 0}" if needed or not kvm else ""
-
-
-def _kvm() -> bool:
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+    fast = kvm.likely()
+    return f",vectors={number if fast else 0}" if needed or not fast else ""

@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyvhost.abi._ioctl import _IO, _IOR, _IOW
 
@@ -130,6 +131,19 @@ class Answer:
 
     runs: bool
     text: str
+
+
+def likely(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether guests can be expected to run, by what the host says and at once; `probe` tries."""
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return False
+    if platform.machine() != "x86_64":
+        return True
+    try:
+        flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return not {"vmx", "svm"}.isdisjoint(flags.split())
 
 
 def probe(seconds: float = 5.0) -> Answer:

@@ -40,6 +40,27 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert kvm.probe() == kvm.Answer(False, f"there is no {tmp_path / 'absent'}")
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu vmx ept\n", True),
+        ("flags\t\t: fpu svm\n", True),
+        ("flags\t\t: fpu hypervisor\nvmx flags\t: none\n", False),
+        ("", False),
+    ],
+)
+def test_a_device_without_a_processor_for_it_promises_nothing(
+    openable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpuinfo: str, expected: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert kvm.likely(tmp_path / "cpuinfo") is expected
+    assert not kvm.likely(tmp_path / "absent")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert kvm.likely(tmp_path / "absent")
+    monkeypatch.setattr(kvm, "DEVICE", str(tmp_path / "no kvm"))
+    assert not kvm.likely(tmp_path / "cpuinfo")
+
+
 def test_a_guest_that_ran(openable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "code", "")
     assert kvm.probe().runs

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 import pytest
@@ -275,6 +276,11 @@ def veth(ip: Ip) -> Ip:
     ip("link add name left type veth peer name right")
     for name in ("left", "right"):
         ip(f"link set {name} addrgenmode none arp off up")
+    # Linux finds out later that a link runs (linkwatch): up to a second where many change.
+    end = time.monotonic() + 10
+    while not all(interface.flags(name) & interface.IFF_RUNNING for name in ("left", "right")):
+        assert time.monotonic() < end, "the links do not run"
+        time.sleep(0.01)
     return ip
 
 

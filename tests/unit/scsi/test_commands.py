@@ -333,8 +333,10 @@ def test_a_copy_that_goes_on(scene: Scene) -> None:
     assert not task.ended
     going = scene.begin(status, into=64)
     assert data(going)[4] == 0
+    for identifier in range(8, 8 + 20):
+        scene.begin(cdb, out=bytes([identifier]) + copy_list(scene, 4)[1:])
     again = scene.begin(cdb, out=copy_list(scene, 4))
-    assert told(again) == (Key.ILLEGAL_REQUEST, Asc.OPERATION_IN_PROGRESS)
+    assert told(again) == (Key.ILLEGAL_REQUEST, Asc.OPERATION_IN_PROGRESS), "however many came after it"
     scene.store.settle()
     assert task.status is Status.GOOD
     assert data(scene.do(status))[4:7] == bytes([1, 0, 1])

@@ -127,8 +127,10 @@ def _remember(request: Request, identifier: int, result: Result) -> None:
     kept = request.unit.copies
     kept.pop((request.task.nexus, identifier), None)
     kept[request.task.nexus, identifier] = result
-    while len(kept) > _REMEMBERED:
-        del kept[next(iter(kept))]
+    # One that runs is not forgotten: its identifier is taken.
+    over = [key for key, copy in kept.items() if copy.status != _IN_PROGRESS]
+    for key in over[: max(0, len(kept) - _REMEMBERED)]:
+        del kept[key]
 
 
 def _targets(request: Request, data: bytes, at: int, length: int) -> list[LogicalUnit]:
