@@ -57,7 +57,7 @@ class PlainCarrier:
 
     # --- contract.Carrier ---------------------------------------------------------------------------------
 
-    def open(self, key: Key) -> int | None:
+    def open(self, key: Key, by_guest: bool) -> int | None:
         if len(self.rows) >= self.room:
             return None
         slot = next(n for n in range(len(self.rows) + 1) if n not in self.rows)

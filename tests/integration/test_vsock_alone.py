@@ -16,6 +16,7 @@ from pyvhost.dataplane.vsock_blocks import GONE
 from pyvhost.driver.memory import MIB, GuestMemory
 from pyvhost.driver.vsock import VsockDriver
 from pyvhost.driver.vsock_socket import VsockSocket
+from pyvhost.vsock.connections import Connection
 from pyvhost.vsock.device import BUFFER, VsockDevice
 from vsock_scene import CID, PairEnd, VsockScene
 
@@ -187,6 +188,60 @@ def test_what_was_sent_on_a_former_connection_is_not_of_the_next(scene: VsockSce
         guest.send_packet(guest.packet(abi.OP_RST, 81, 5555))
         assert end.wait_over() == "reset"
         end.theirs.close()
+
+
+def test_what_waits_of_a_former_connection_is_not_of_the_next(scene: VsockScene) -> None:
+    """The guest has given one up and begins another by its name: an old RESPONSE would have it connected."""
+    with scene.guest(rx_depth=4) as guest:
+        accepted = scene.listen(80)
+        fill(guest)
+        guest.send_packet(guest.packet(abi.OP_REQUEST, 5555, 80))
+        former = accepted.get(timeout=PATIENCE)
+        guest.send_packet(guest.packet(abi.OP_RST, 5555, 80))
+        assert former.wait_over() == "reset"
+        asked = scene.hold(80)
+        sock = guest.connect(80, from_port=5555, wait=False)
+        request = asked.get(timeout=PATIENCE)
+        guest.reads = True
+        packets = scene.device.link._packets
+        guest.wait_for(lambda: packets.put == packets.taken, "all that waited")
+        guest.pump()
+        assert not sock.counts
+        end = PairEnd()
+        scene.back_end.ask(lambda: request.accept(end))
+        sock.wait_connected()
+        end.theirs.send(b"of this one")
+        assert sock.recv_exactly(11) == b"of this one"
+        end.theirs.close()
+
+
+def test_one_that_begins_anew_by_its_name_ends_the_former_first(scene: VsockScene) -> None:
+    """The guest has not heard that it is over: RST comes before REQUEST."""
+    with scene.guest(rx_depth=4) as guest:
+        listener = guest.listen(81)
+
+        def connect() -> tuple[PairEnd, Connection]:
+            end = PairEnd()
+            connections = scene.device.connections
+            connection = scene.back_end.ask(lambda: connections.connect(end, STREAM, 81, peer_port=5555))
+            assert connection is not None
+            return end, connection
+
+        first, connection = connect()
+        former = listener.accept()
+        first.wait_told("accepted")
+        fill(guest)
+        scene.back_end.ask(connection.reset)
+        assert first.wait_over() == "reset"
+        second, _ = connect()
+        guest.reads = True
+        sock = listener.accept()
+        assert former.reset
+        second.wait_told("accepted")
+        second.theirs.send(b"of this one")
+        assert sock.recv_exactly(11) == b"of this one"
+        first.theirs.close()
+        second.theirs.close()
 
 
 def test_a_driver_that_begins_anew_hears_nothing_of_what_waited(scene: VsockScene) -> None:

@@ -13,19 +13,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from pyvhost.dataplane.access import clock_ns, load32, load64, load64_acquire, relax, store64, sys_epoll_wait
+from pyvhost.dataplane.access import clock_ns, load32, load64, load64_acquire, relax
 from pyvhost.dataplane.blocks import (
-    C_KICKS,
-    C_SYSCALLS,
     CONTROL_STOP,
     EVENT_KICK,
     EVENT_PORT,
-    EVENTS,
-    IOTLB_MISS,
     PORT_FD,
     PORT_GENERATE,
     PORT_STREAM,
-    REASON_RING,
     REASON_STOP,
     SCRATCH_CLOCK,
     Record,
@@ -35,7 +30,7 @@ from pyvhost.dataplane.net_receive import generate, receive_fd, receive_stream, 
 from pyvhost.dataplane.net_send import flush_unsent
 from pyvhost.dataplane.net_transmit import transmit
 from pyvhost.dataplane.policy import kernel
-from pyvhost.dataplane.split_ring import count, want_kicks
+from pyvhost.dataplane.turns import activate, ask_kicks, kicked, retire, sleep
 
 _EPOLLIN: Final = 0x1
 _EPOLLOUT: Final = 0x4
@@ -76,55 +71,24 @@ def serve(worker: Record, rings: Records, ports: Records, index: int) -> int:
 
 
 @kernel
-def _ask_kicks(rings: Records, port: Record, wanted: bool) -> None:
-    """Asks a port's driver for kicks, or spares it them: on receive only where buffers have run out."""
-    if port["tx"] >= 0 and rings[port["tx"]]["running"]:
-        want_kicks(rings[port["tx"]], wanted)
-    if port["rx"] >= 0 and rings[port["rx"]]["running"]:
-        want_kicks(rings[port["rx"]], wanted and port["rx_dry"] != 0)
-
-
-@kernel
-def _activate(worker: Record, rings: Records, ports: Records, index: int) -> None:
-    port = ports[index]
-    if port["active"] == 0 and port["used"]:
-        port["active"] = 1
-        port["idle_since"] = 0
-        store64(worker["active"] + 8 * worker["active_count"], index)
-        worker["active_count"] += 1
-        _ask_kicks(rings, port, False)
-
-
-@kernel
 def _wait(worker: Record, rings: Records, ports: Records, timeout_ms: int) -> None:
     """Sleeps in epoll and wakes the ports that something happened to."""
     events = worker["events"]
-    ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
-    count(worker["row"], C_SYSCALLS, 1)
-    for i in range(ready):
+    for i in range(sleep(worker, timeout_ms)):
         # struct epoll_event is packed: 4 bytes of events, 8 of data.
         happened = load32(events + 12 * i)
         kind = load32(events + 12 * i + 8)
         index = load32(events + 12 * i + 4)
         if kind == EVENT_KICK:
-            ring = rings[index]
-            count(ring["row"], C_KICKS, 1)
-            if ring["fault"] and not ring["running"] and ring["located"]:
-                # As on Linux: a ring at fault is looked at again at the next kick, and misses again.
-                ring["fault"] = 0
-                ring["running"] = 1
-            elif not ring["running"] and not ring["located"]:
-                ring["fault"] = IOTLB_MISS
-                ring["fault_told"] = 0
-                worker["reason"] |= REASON_RING
-            _activate(worker, rings, ports, ring["port"])
+            kicked(worker, rings[index])
+            activate(worker, rings, ports, rings[index]["port"])
         elif kind == EVENT_PORT:
             port = ports[index]
             if happened & (_EPOLLIN | _EPOLLERR_OR_HUP):
                 port["readable"] = 1
             if happened & (_EPOLLOUT | _EPOLLERR_OR_HUP):
                 port["writable"] = 1
-            _activate(worker, rings, ports, index)
+            activate(worker, rings, ports, index)
 
 
 @kernel
@@ -138,9 +102,9 @@ def _rest(worker: Record, rings: Records, ports: Records, index: int, now: int) 
             port["idle_since"] = now
         if now - port["idle_since"] < port["busy_ns"]:
             return False
-    _ask_kicks(rings, port, True)
+    ask_kicks(rings, port, True)
     if serve(worker, rings, ports, index):
-        _ask_kicks(rings, port, False)
+        ask_kicks(rings, port, False)
         port["idle_since"] = 0
         return False
     return True
@@ -194,9 +158,7 @@ def net_loop(workers: Records, rings: Records, ports: Records) -> int:
                 ports[index]["idle_since"] = 0
                 at += 1
             elif _rest(worker, rings, ports, index, now):
-                ports[index]["active"] = 0
-                worker["active_count"] -= 1
-                store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
+                retire(worker, ports[index], at)
             else:
                 at += 1
             if worker["reason"] != REASON_STOP:

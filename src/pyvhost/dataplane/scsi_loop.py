@@ -20,12 +20,10 @@ from pyvhost.dataplane.access import (
     signal,
     store64,
     store64_release,
-    sys_epoll_wait,
 )
 from pyvhost.dataplane.blocks import (
     BATCH,
     C_ERRORS,
-    C_KICKS,
     C_LATENCY,
     C_LATENCY_NS,
     C_READ_BYTES,
@@ -35,9 +33,7 @@ from pyvhost.dataplane.blocks import (
     C_WRITTEN_BYTES,
     CONTROL_STOP,
     EVENT_KICK,
-    EVENTS,
     FAULT_HEADER,
-    IOTLB_MISS,
     LATENCIES,
     REASON_RING,
     REASON_STOP,
@@ -87,6 +83,7 @@ from pyvhost.dataplane.scsi_blocks import (
 from pyvhost.dataplane.scsi_io import done_entry, free_todo, give_back, respond, start, tell
 from pyvhost.dataplane.split_ring import collect, count, publish, stop_at_fault, take_kept, use, want_kicks
 from pyvhost.dataplane.translate import fault
+from pyvhost.dataplane.turns import enlist, kicked, retire, sleep
 from pyvhost.dataplane.uring import completions, consume, needs_a_call, next_completion, submit, withdraw
 
 #: Room in Python's queue that is kept for operations that end: what each may have to say, and once more.
@@ -305,9 +302,7 @@ def _take(worker: Record, rings: Records, queues: Records, index: int, now: int)
 def _activate(worker: Record, rings: Records, queues: Records, index: int) -> None:
     queue = queues[index]
     if queue["active"] == 0 and queue["used"]:
-        queue["active"] = 1
-        store64(worker["active"] + 8 * worker["active_count"], index)
-        worker["active_count"] += 1
+        enlist(worker, queue, index)
         ring = rings[queue["tx"]]
         if ring["running"]:
             want_kicks(ring, False)
@@ -317,23 +312,13 @@ def _activate(worker: Record, rings: Records, queues: Records, index: int) -> No
 def _wait(worker: Record, rings: Records, queues: Records, timeout_ms: int) -> None:
     """Sleeps in epoll and wakes the queues that were kicked."""
     events = worker["events"]
-    ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
-    count(worker["row"], C_SYSCALLS, 1)
-    for i in range(ready):
+    for i in range(sleep(worker, timeout_ms)):
         # struct epoll_event is packed: 4 bytes of events, 8 of data.
         kind = load32(events + 12 * i + 8)
         index = load32(events + 12 * i + 4)
         if kind == EVENT_KICK:
-            ring = rings[index]
-            count(ring["row"], C_KICKS, 1)
-            if ring["fault"] and not ring["running"] and ring["located"]:
-                ring["fault"] = 0
-                ring["running"] = 1
-            elif not ring["running"] and not ring["located"]:
-                ring["fault"] = IOTLB_MISS
-                ring["fault_told"] = 0
-                worker["reason"] |= REASON_RING
-            _activate(worker, rings, queues, ring["port"])
+            kicked(worker, rings[index])
+            _activate(worker, rings, queues, rings[index]["port"])
 
 
 @kernel
@@ -394,9 +379,7 @@ def scsi_loop(workers: Records, rings: Records, queues: Records) -> int:
                 _stir(queues[index], now)
                 at += 1
             elif _rest(worker, rings, queues, index, now):
-                queues[index]["active"] = 0
-                worker["active_count"] -= 1
-                store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
+                retire(worker, queues[index], at)
             else:
                 at += 1
         # Not before every queue has had its turn: what was used is shown when the loop is out.

@@ -63,8 +63,9 @@ CONNECTION: Final = int64s(
     "serial",
     "accepted",
     "started",
-    # Whose it is and its key; the next one in its bucket (-1: none).
+    # Whose it is, whether that guest has asked for it, and its key; the next one in its bucket (-1: none).
     "guest",
+    "by_guest",
     "type",
     "guest_port",
     "peer_cid",

@@ -23,18 +23,12 @@ from pyvhost.dataplane.access import (
     relax,
     store64,
     store64_release,
-    sys_epoll_wait,
 )
 from pyvhost.dataplane.blocks import (
-    C_KICKS,
     C_PACKETS,
-    C_SYSCALLS,
     CONTROL_STOP,
     EVENT_KICK,
     EVENT_PORT,
-    EVENTS,
-    IOTLB_MISS,
-    REASON_RING,
     REASON_STOP,
     SCRATCH_CLOCK,
     Record,
@@ -42,6 +36,7 @@ from pyvhost.dataplane.blocks import (
 )
 from pyvhost.dataplane.policy import inline, kernel
 from pyvhost.dataplane.split_ring import count, publish
+from pyvhost.dataplane.turns import activate, ask_kicks, kicked, retire, sleep
 from pyvhost.dataplane.vsock_blocks import (
     CMD_CLOSE,
     CMD_DRAIN,
@@ -73,8 +68,8 @@ from pyvhost.dataplane.vsock_blocks import (
 from pyvhost.dataplane.vsock_out import dequeue, drained, enqueue, flush, give_up
 from pyvhost.dataplane.vsock_packets import end, offer, put_header, put_packet
 from pyvhost.dataplane.vsock_receive import receive
-from pyvhost.dataplane.vsock_transmit import activate, ask_kicks, transmit, wake
-from pyvhost.dataplane.vsock_wire import WORD, insert, remove, speak, tell, write_header
+from pyvhost.dataplane.vsock_transmit import transmit, wake
+from pyvhost.dataplane.vsock_wire import WORD, find, insert, remove, speak, tell, write_header
 
 _EPOLLIN_OR_HUP: Final = 0x1 | 0x8 | 0x10 | 0x2000
 _EPOLLHUP: Final = 0x8 | 0x10 | 0x2000
@@ -139,10 +134,16 @@ def _put(
 ) -> bool:
     """Puts a packet of Python's into the receive ring; False: there is no buffer."""
     guest = guests[index]
+    slot = load64(entry + ENTRY_SLOT)
+    there = _there(connections, entry)
+    if slot >= 0 and not there:
+        other = _named(guest, connections, entry)
+        if other >= 0 and connections[other]["by_guest"]:
+            # It has begun another by that name, and done with the former: it would take this for an answer.
+            return True
     if not rings[guest["rx"]]["running"] or offer(worker, rings, guests, index, 1) == 0:
         return False
     ring = rings[guest["rx"]]
-    slot = load64(entry + ENTRY_SLOT)
     count(ring["row"], C_PACKETS, 1)
     if load64(entry + ENTRY_KIND) == CMD_MESSAGE:
         put_packet(worker, guest, ring, connections, 0, slot, OP_RW, 0, SEQ_EOM)
@@ -152,7 +153,7 @@ def _put(
         return True
     op = load64(entry + ENTRY_OP) & WORD
     flags = load64(entry + ENTRY_OP) >> 32
-    if _there(connections, entry):
+    if there:
         put_packet(worker, guest, ring, connections, 0, slot, op, 0, flags)
         return True
     header = worker["scratch"] + SCRATCH_WRITTEN
@@ -180,6 +181,19 @@ def _there(connections: Records, entry: int) -> bool:
     if slot < 0:
         return False
     return connections[slot]["open"] != 0 and connections[slot]["serial"] == load64(entry + ENTRY_SERIAL)
+
+
+@inline
+def _named(guest: Record, connections: Records, entry: int) -> int:
+    """The connection that there is by the name in a command, or -1."""
+    return find(
+        guest,
+        connections,
+        load64(entry + ENTRY_TYPE),
+        load64(entry + ENTRY_GUEST_PORT),
+        load64(entry + ENTRY_PEER_CID),
+        load64(entry + ENTRY_PEER_PORT),
+    )
 
 
 @kernel
@@ -324,23 +338,13 @@ def _happened(
 def _wait(worker: Record, rings: Records, guests: Records, connections: Records, timeout_ms: int) -> None:
     """Sleeps in epoll and wakes the guests that something happened to."""
     events = worker["events"]
-    ready = sys_epoll_wait(worker["epoll"], events, EVENTS, timeout_ms)
-    count(worker["row"], C_SYSCALLS, 1)
-    for i in range(ready):
+    for i in range(sleep(worker, timeout_ms)):
         # struct epoll_event is packed: 4 bytes of events, 8 of data.
         kind = load32(events + 12 * i + 8)
         index = load32(events + 12 * i + 4)
         if kind == EVENT_KICK:
-            ring = rings[index]
-            count(ring["row"], C_KICKS, 1)
-            if ring["fault"] and not ring["running"] and ring["located"]:
-                ring["fault"] = 0
-                ring["running"] = 1
-            elif not ring["running"] and not ring["located"]:
-                ring["fault"] = IOTLB_MISS
-                ring["fault_told"] = 0
-                worker["reason"] |= REASON_RING
-            activate(worker, rings, guests, ring["port"])
+            kicked(worker, rings[index])
+            activate(worker, rings, guests, rings[index]["port"])
         elif kind == EVENT_PORT:
             activate(worker, rings, guests, index)
         elif kind == EVENT_CONNECTION:
@@ -404,9 +408,7 @@ def vsock_loop(workers: Records, rings: Records, guests: Records, connections: R
                 guests[index]["idle_since"] = 0
                 at += 1
             elif _rest(worker, rings, guests, connections, index, now):
-                guests[index]["active"] = 0
-                worker["active_count"] -= 1
-                store64(active + 8 * at, load64(active + 8 * worker["active_count"]))
+                retire(worker, guests[index], at)
             else:
                 at += 1
             if worker["reason"] != REASON_STOP:

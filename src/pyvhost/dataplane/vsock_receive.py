@@ -27,6 +27,7 @@ from pyvhost.dataplane.blocks import (
 from pyvhost.dataplane.frames import transfer
 from pyvhost.dataplane.policy import kernel
 from pyvhost.dataplane.split_ring import count, publish
+from pyvhost.dataplane.turns import activate
 from pyvhost.dataplane.vsock_blocks import (
     MESSAGE_BYTES,
     MESSAGE_FLAGS,
@@ -56,7 +57,6 @@ from pyvhost.dataplane.vsock_packets import (
     put_packet,
     room_in,
 )
-from pyvhost.dataplane.vsock_transmit import activate
 from pyvhost.dataplane.vsock_wire import WORD
 
 #: Buffers that one read is offered at most.

@@ -41,8 +41,9 @@ from pyvhost.dataplane.blocks import (
 )
 from pyvhost.dataplane.net_deliver import guest_fault
 from pyvhost.dataplane.policy import kernel
-from pyvhost.dataplane.split_ring import collect, count, publish, use_batch, want_kicks
+from pyvhost.dataplane.split_ring import collect, count, publish, use_batch
 from pyvhost.dataplane.translate import fault
+from pyvhost.dataplane.turns import activate
 from pyvhost.dataplane.vsock_blocks import (
     HEADER,
     SCRATCH_READ,
@@ -68,27 +69,6 @@ from pyvhost.dataplane.vsock_wire import (
 
 #: Pieces that go in one call (UIO_MAXIOV).
 _PIECES: Final = 1024
-
-
-@kernel
-def ask_kicks(rings: Records, guest: Record, wanted: bool) -> None:
-    """Asks a guest's driver for kicks, or spares it them: on receive only where buffers have run out."""
-    if guest["tx"] >= 0 and rings[guest["tx"]]["running"]:
-        want_kicks(rings[guest["tx"]], wanted)
-    if guest["rx"] >= 0 and rings[guest["rx"]]["running"]:
-        want_kicks(rings[guest["rx"]], wanted and guest["rx_dry"] != 0)
-
-
-@kernel
-def activate(worker: Record, rings: Records, guests: Records, index: int) -> None:
-    """Has the loop look at a guest in this turn or the next."""
-    guest = guests[index]
-    if guest["active"] == 0 and guest["used"]:
-        guest["active"] = 1
-        guest["idle_since"] = 0
-        store64(worker["active"] + 8 * worker["active_count"], index)
-        worker["active_count"] += 1
-        ask_kicks(rings, guest, False)
 
 
 @kernel

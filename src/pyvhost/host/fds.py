@@ -79,13 +79,17 @@ def close(fd: int) -> None:
 def room_for(number: int) -> int:
     """How many descriptors this process may have, after its limit was raised to `number` as far as that goes.
 
-    What is raised is the soft limit of RLIMIT_NOFILE, up to the hard one.
+    What is raised is the soft limit of RLIMIT_NOFILE, up to the hard one; not where this process may not.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= number:
         return number if soft == resource.RLIM_INFINITY else soft
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        # A filter on system calls, or fs.nr_open that was lowered since.
+        return soft
     return wanted
 
 

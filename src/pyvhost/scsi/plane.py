@@ -12,20 +12,19 @@ import os
 import select
 import threading
 from collections.abc import Callable, Container, Iterator
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from pyvhost.dataplane import blocks, inflight, policy, split_ring
+from pyvhost.dataplane import blocks, policy
 from pyvhost.dataplane import scsi_blocks as layout
-from pyvhost.dataplane.dirty_log import log_used
 from pyvhost.dataplane.plain import load64, load64_acquire, store64, store64_release
 from pyvhost.dataplane.scsi_loop import scsi_loop, sweep
 from pyvhost.dataplane.walk import walk
 from pyvhost.host import eventfd
 from pyvhost.host.poller import Poller
 from pyvhost.host.uring import Uring
-from pyvhost.vhost import counters
+from pyvhost.vhost.shared import Shared, called_by_python
 from pyvhost.vhost.worker import Int64s, Worker, Workers
 
 _log = logging.getLogger(__name__)
@@ -212,28 +211,17 @@ class DiskWorker(Worker):
         os.close(self.python_fd)
 
 
-class Plane:
+class Plane(Shared):
     """What the scsi devices of one process share: workers and counters."""
 
-    _the: ClassVar[Plane | None] = None
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
     def __init__(self, workers: int | None = None) -> None:
-        self.counters = counters.of_process()
+        super().__init__()
         self.workers = self._make_workers("scsi", workers)
         #: Of devices that are opened in process: a worker tells one control thread, and theirs is the process's own.
         self.in_process = self._make_workers("scsi-opened", workers)
 
     def _make_workers(self, kind: str, count: int | None) -> Workers[DiskWorker]:
         return Workers(lambda name: DiskWorker(name, self.row(name, "worker", "-", "-")), kind, count)
-
-    @classmethod
-    def get(cls) -> Plane:
-        """The process's own."""
-        with cls._lock:
-            if cls._the is None:
-                cls._the = cls()
-            return cls._the
 
     @staticmethod
     def prepare() -> None:
@@ -246,18 +234,6 @@ class Plane:
                 (scsi_loop, (worker, rings, queues)),
                 (sweep, (worker[0], rings, queues, 0)),
                 (walk, (ring, 0, 0, 0, 0)),
-                (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
-                (split_ring.use, (ring, 0, 0)),
-                (split_ring.use_written, (ring, 0, 0)),
-                (inflight.begin, (ring, 0)),
-                (split_ring.take, (ring, 0)),
-                (split_ring.publish, (ring,)),
-                (split_ring.want_kicks, (ring, True)),
-                (split_ring.stop_at_fault, (ring,)),
-                (log_used, (ring, 0, 0)),
+                *called_by_python(ring),
             ],
         )
-
-    def row(self, device: str, kind: str, queue: str, backend: str) -> Int64s:
-        """A row of counters."""
-        return self.counters.row({"device": device, "kind": kind, "queue": queue, "backend": backend})

@@ -441,7 +441,7 @@ class Connections:
     def _open(self, key: Key, state: State) -> Connection | None:
         if len(self._by_slot) >= self._limit:
             return None
-        slot = self.carrier.open(key)
+        slot = self.carrier.open(key, state is State.REQUESTED)
         if slot is None:
             return None
         connection = Connection(self, key, slot, state)

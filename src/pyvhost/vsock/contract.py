@@ -29,11 +29,12 @@ class Key(NamedTuple):
 class Carrier(Protocol):
     """What the state machine asks of the data path, in the order that the module says."""
 
-    def open(self, key: Key) -> int | None:
+    def open(self, key: Key, by_guest: bool) -> int | None:
         """A slot. The data path knows the connection from now on and carries no data yet; None: there is no room.
 
-        For a guest's REQUEST it is called from within `Told.packet`, so that the credit in that packet's header is
-        at hand. What the guest sends after its RESPONSE may come before `start`, and is kept for it.
+        `by_guest`: it is for a guest's REQUEST. Then it is called from within `Told.packet`, so that the credit in
+        that packet's header is at hand. What the guest sends after its RESPONSE may come before `start`, and is kept
+        for it.
         """
         ...
 

@@ -236,6 +236,8 @@ class VsockDevice(Device):
 
     def _forget(self) -> None:
         if self._link is not None:
+            # What the driver said before it went counts: that it had sent all, above all.
+            self._link.serve_all()
             self._link.forget_packets()
             self.connections.restart()
 

@@ -201,7 +201,7 @@ class Link:
 
     # --- contract.Carrier ---------------------------------------------------------------------------------
 
-    def open(self, key: Key) -> int | None:
+    def open(self, key: Key, by_guest: bool) -> int | None:
         """A slot for a connection, which the loop knows of from now on; None: there is no room."""
         if len(self._held) >= min(self.limit, self._plane.each) or self._behind():
             return None
@@ -225,6 +225,7 @@ class Link:
         for field, value in (
             ("serial", held.serial),
             ("guest", self.port),
+            ("by_guest", int(by_guest)),
             ("type", key.type),
             ("guest_port", key.guest_port),
             # 64 bits of the guest's choice.
@@ -321,21 +322,25 @@ class Link:
         with self.worker.paused():
             self.worker.ports[self.port]["cid"] = cid
 
-    def serve(self) -> None:
-        """Tells of what the loop has put; on the control thread."""
+    def serve_all(self) -> None:
+        """Tells of all that the loop has put until now, as `serve`."""
+        self.serve(self._todo.size)
+
+    def serve(self, most: int = _BATCH) -> None:
+        """Tells of what the loop has put, of so much in one go; on the control thread."""
         eventfd.drain(self._python_fd)
         queue = self._todo
         taken, put = queue.taken, queue.put
         full = put - taken > _PACKETS // 2
         with self._batch():
-            for number in range(taken, min(put, taken + _BATCH)):
+            for number in range(taken, min(put, taken + most)):
                 words = queue.get(number)
                 store64_release(queue.at + layout.QUEUE_TAKEN, number + 1)
                 try:
                     self._tell(words)
                 except Exception:
                     _log.exception("%s: what the loop told of connection %d", self.name, words[1])
-        if put > taken + _BATCH:
+        if put > taken + most:
             os.eventfd_write(self._python_fd, 1)
         if full:
             self._ring()

@@ -10,16 +10,15 @@ import errno
 import logging
 import threading
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 
-from pyvhost.dataplane import blocks, inflight, policy, split_ring
+from pyvhost.dataplane import blocks, policy
 from pyvhost.dataplane import vsock_blocks as layout
-from pyvhost.dataplane.dirty_log import log_slot, log_used
 from pyvhost.dataplane.vsock_loop import vsock_loop
 from pyvhost.host import fds
-from pyvhost.vhost import counters
+from pyvhost.vhost.shared import Shared, called_by_python
 from pyvhost.vhost.worker import Int64s, Slots, Worker, Workers
 
 _log = logging.getLogger(__name__)
@@ -66,29 +65,19 @@ class VsockWorker(Worker):
             self._places.give_back(place)
 
 
-class Plane:
+class Plane(Shared):
     """What the vsock devices of one process share: workers and counters."""
 
-    _the: ClassVar[Plane | None] = None
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
     def __init__(self, workers: int | None = None) -> None:
-        self.counters = counters.of_process()
+        super().__init__()
         self.workers: Workers[VsockWorker] = Workers(
             lambda name: VsockWorker(name, self.row(name, "worker", "-", "-")), "vsock", workers
         )
+        self._lock = threading.Lock()
         self._serial = 0
         #: How many connections each guest may have by its own limit, and by what this process may have.
         self._limits: dict[object, int] = {}
         self._each = layout.MAX_OF_GUEST
-
-    @classmethod
-    def get(cls) -> Plane:
-        """The process's own."""
-        with cls._lock:
-            if cls._the is None:
-                cls._the = cls()
-            return cls._the
 
     @staticmethod
     def prepare() -> None:
@@ -101,22 +90,9 @@ class Plane:
             "the vsock data plane",
             [
                 (vsock_loop, (worker, rings, guests, connections)),
-                (split_ring.collect, (ring, 0, 0, 0, 0, 0)),
-                (split_ring.use, (ring, 0, 0)),
-                (split_ring.use_written, (ring, 0, 0)),
-                (inflight.begin, (ring, 0)),
-                (split_ring.take, (ring, 0)),
-                (split_ring.publish, (ring,)),
-                (split_ring.want_kicks, (ring, True)),
-                (split_ring.stop_at_fault, (ring,)),
-                (log_used, (ring, 0, 0)),
-                (log_slot, (ring, 0, 0)),
+                *called_by_python(ring),
             ],
         )
-
-    def row(self, device: str, kind: str, queue: str, backend: str) -> Int64s:
-        """A row of counters."""
-        return self.counters.row({"device": device, "kind": kind, "queue": queue, "backend": backend})
 
     def serial(self) -> int:
         """A connection's number, which no other has or will have."""

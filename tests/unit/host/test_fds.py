@@ -110,7 +110,10 @@ def test_a_negative_number_is_nothing_to_own() -> None:
         Fd(-1)
 
 
-def test_the_limit_is_raised_as_far_as_it_goes() -> None:
+def test_the_limit_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
@@ -119,5 +122,9 @@ def test_the_limit_is_raised_as_far_as_it_goes() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
         if hard != resource.RLIM_INFINITY:
             assert fds.room_for(hard + 1) == hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+        with monkeypatch.context() as may_not:
+            may_not.setattr(resource, "setrlimit", refuse)
+            assert fds.room_for(600) == 500
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -147,9 +147,9 @@ def test_a_connection_that_there_is_no_memory_for_is_none(
 
     mapped = mmap.mmap
     monkeypatch.setattr(mmap, "mmap", refuse)
-    assert device.link.open(key) is None
+    assert device.link.open(key, True) is None
     refusing = False
-    assert device.link.open(key) == 0, "the same place, which nobody has"
+    assert device.link.open(key, True) == 0, "the same place, which nobody has"
     assert device.link.open_connections == 1
     device.link.close(0)
 
@@ -195,7 +195,7 @@ def test_the_loop_is_woken_for_what_can_not_wait(
     """A connection that is opened waits for its first packet; who was told of nothing has nothing to say."""
     bells = []
     monkeypatch.setattr(os, "eventfd_write", lambda fd, number: bells.append(fd))
-    slot = device.link.open(Key(abi.TYPE_STREAM, 1, abi.VMADDR_CID_HOST, 2))
+    slot = device.link.open(Key(abi.TYPE_STREAM, 1, abi.VMADDR_CID_HOST, 2), True)
     assert slot is not None
     device.link.serve()
     assert bells == []

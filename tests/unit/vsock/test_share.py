@@ -105,7 +105,7 @@ def key(number: int, peer_cid: int = HOST) -> Key:
 
 def opened(link: Link, number: int) -> list[int]:
     """Slots of so many connections, or of as many as there can be."""
-    slots = (link.open(key(at)) for at in range(number))
+    slots = (link.open(key(at), True) for at in range(number))
     return [slot for slot in itertools.takewhile(lambda slot: slot is not None, slots) if slot is not None]
 
 

@@ -126,9 +126,7 @@ class SocketEnd:
 
         An empty message that is the last before the end of a SEQPACKET socket can't be told from it.
         """
-        poll = select.poll()
-        poll.register(self.sock.fileno(), select.POLLRDHUP)
-        mask = sum(mask for _, mask in poll.poll(0))
+        mask = self._poll()
         if mask & (select.POLLHUP | select.POLLERR):
             flags = abi.SHUTDOWN_SEND | abi.SHUTDOWN_RCV
         else:

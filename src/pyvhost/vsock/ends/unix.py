@@ -174,7 +174,12 @@ class _Client(SocketEnd):
 
     def listen(self) -> None:
         """Waits for its line, which most have sent already."""
-        self._poller.register(self.fd, select.EPOLLIN, self._readable)
+        try:
+            self._poller.register(self.fd, select.EPOLLIN, self._readable)
+        except OSError as error:
+            # epoll has a limit of its own (fs.epoll.max_user_watches).
+            self.cut_off(error.strerror or str(error))
+            return
         self._timer = self._poller.call_later(
             self._door.patience, lambda: self.cut_off("it was silent for too long")
         )

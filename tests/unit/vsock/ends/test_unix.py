@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -196,6 +197,23 @@ def test_who_comes_when_there_is_no_descriptor_left_waits(
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert "a client can't be let in" in caplog.text
+        assert host.asked().guest_port == 3
+
+
+def test_a_client_that_cannot_be_waited_for_is_cut_off(
+    host: PlainHost, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with client(path) as sock, client(path) as next_one:
+        with monkeypatch.context() as full:
+            full.setattr(host.poller, "register", refuse)
+            host.turn()
+        assert sock.recv(1) == next_one.recv(1) == b""
+        assert "is cut off: No space left on device" in caplog.text
+    with client(path) as sock:
+        sock.sendall(b"CONNECT 3\n")
         assert host.asked().guest_port == 3
 
 
