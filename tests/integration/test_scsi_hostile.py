@@ -24,6 +24,7 @@ from pyvhost.scsi import plane
 from pyvhost.scsi.requests import HEADER_BYTES, RESPONSE_BYTES
 from pyvhost.scsi.stores.memory import MemoryStore
 from pyvhost.scsi.stores.wrappers import ErrorRate
+from pyvhost.vhost.shared import Shared
 
 HEADER = Format().command(address(0, 0), 1, cdb.read10(0, 1))
 
@@ -254,7 +255,7 @@ def test_a_host_without_io_uring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.EPERM, "io_uring_setup: Operation not permitted")
 
     monkeypatch.setattr(plane, "Uring", none)
-    monkeypatch.setattr(plane.Plane, "_the", None)
+    monkeypatch.setattr(Shared, "_made", {})
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(MIB))
     with scene(tmp_path, "memory:1M", str(image), request_queues=2) as found:
