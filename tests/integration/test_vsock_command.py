@@ -103,6 +103,8 @@ def test_capabilities_are_json() -> None:
         (["--socket-path", "x", "--guest-cid", "3", "--forward", "9-1"], "9-1"),
         (["--socket-path", "x", "--guest-cid", "3", "--forward", "4294967295"], "4294967295"),
         (["--socket-path", "x", "--guest-cid", "3", "--max-connections", "0"], "16384"),
+        (["--socket-path", "x", "--guest-cid", "3", "--busyloop-timeout", "-1"], "busyloop_timeout -1"),
+        (["--socket-path", "x", "--guest-cid", "3", "--busyloop-timeout", str(1 << 32)], "busyloop_timeout"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -371,6 +371,23 @@ def test_those_that_have_something_take_turns(scene: VsockScene) -> None:
         guest.wait_for(lambda: all(sock.received == 100_000 for sock, _ in pairs), "all of all")
 
 
+def test_a_guest_that_is_polled_is_asked_for_no_kicks(tmp_path: Path) -> None:
+    with VsockScene(tmp_path, CID, busyloop_timeout=60_000_000) as scene, scene.guest() as guest:
+        sock, end = scene.pair(guest)
+
+        def talk() -> None:
+            sock.send(b"there")
+            assert end.theirs.recv(100) == b"there"
+            end.theirs.send(b"back")
+            assert sock.recv_exactly(4) == b"back"
+
+        talk()
+        kicks = guest.tx.kicks
+        for _ in range(20):
+            talk()
+        assert guest.tx.kicks == kicks
+
+
 def test_a_key_can_be_used_again(scene: VsockScene, guest: VsockDriver) -> None:
     accepted = scene.listen(80)
     for _ in range(50):

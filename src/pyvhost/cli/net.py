@@ -34,13 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pcap", metavar="FILE", help="record every frame")
     parser.add_argument(
-        "--busyloop-timeout",
-        type=int,
-        default=0,
-        metavar="US",
-        help="microseconds that an idle queue is polled before its worker sleeps (default: 0)",
-    )
-    parser.add_argument(
         "--workers", type=int, metavar="N", help="threads that serve queue pairs (default: one a processor)"
     )
 

@@ -51,13 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " of target 0",
     )
     parser.add_argument("--request-queues", type=int, default=1, metavar="N", help="1 to 128 (default: 1)")
-    parser.add_argument(
-        "--busyloop-timeout",
-        type=int,
-        default=0,
-        metavar="US",
-        help="microseconds that an idle queue is polled before its worker sleeps (default: 0)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser, each: str | None = None) -> N
         "--control", metavar="PATH", help="the control socket (default: PATH.ctl for --socket-path PATH)"
     )
     control.add_argument("--no-control", action="store_true", help="have none")
+    parser.add_argument(
+        "--busyloop-timeout",
+        type=int,
+        default=0,
+        metavar="US",
+        help="microseconds that an idle queue is polled before its worker sleeps (default: 0)",
+    )
     parser.add_argument("--print-capabilities", action="store_true", help="print them as JSON, and exit")
     parser.set_defaults(several=each is not None)
 

@@ -98,6 +98,7 @@ def _device(args: argparse.Namespace, path: str | None, cid: int, uds_path: str 
         forward=[port for ports in args.forward for port in ports],
         group=args.group,
         max_connections=args.max_connections,
+        busyloop_timeout=args.busyloop_timeout,
         name=path,
     )
 

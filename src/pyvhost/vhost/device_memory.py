@@ -55,6 +55,11 @@ class DeviceMemory(ABC):
     keeps_iotlb: ClassVar[bool] = False
 
     def __init__(self, name: str, vring_count: int, busyloop_timeout: int) -> None:
+        # struct vhost_vring_state has 32 bits for it.
+        if not 0 <= busyloop_timeout < 1 << 32:
+            raise ValueError(
+                f"{name}: busyloop_timeout {busyloop_timeout}: microseconds, 0 to {(1 << 32) - 1}"
+            )
         self.name = name
         self._busyloop_timeout = busyloop_timeout
         self.vrings = [Vring(i, busyloop_timeout=busyloop_timeout) for i in range(vring_count)]
